@@ -1,0 +1,54 @@
+"""The contract of a sequence mixer: every file in this folder is one class that keeps it.
+
+tests/mixers/test_contract.py checks each clause over every configs/mixer/*.yaml.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from llmtrain.context import SequenceContext
+
+# Everything a layer remembers between calls. Every tensor has the batch as its first dimension, so
+# that rows can be concatenated, selected and reordered without knowing the mixer.
+State = dict[str, Tensor]
+
+
+class Mixer(nn.Module):
+    """Mixes information along the sequence: [B, T, D] -> [B, T, D].
+
+    __init__(d_model, *, layer_idx, n_layers, <knobs>) only allocates (works on the meta device);
+    reset_parameters() fills the module's own direct parameters, children fill theirs.
+    """
+
+    causal: ClassVar[bool] = True
+    uses_positions: ClassVar[bool] = False  # reads ctx.rotary
+    no_weight_decay: ClassVar[tuple[str, ...]] = ()  # names of parameters, relative to the mixer
+
+    def forward(
+        self, x_BTD: Tensor, ctx: SequenceContext, state: State | None = None
+    ) -> tuple[Tensor, State | None]:
+        """All tokens of the rows. With a state: continue from it and return the new one; the given
+        state must not be used again (its buffers may be reused). Without: the result's is None."""
+        raise NotImplementedError
+
+    def init_state(
+        self, batch: int, *, max_tokens: int, device: torch.device | str, dtype: torch.dtype
+    ) -> State:
+        """The state before the first token. max_tokens bounds what a cache must hold."""
+        raise NotImplementedError
+
+    def step(self, x_BD: Tensor, ctx: SequenceContext, state: State) -> tuple[Tensor, State]:
+        """One token a row; ctx.positions_BT is [B, 1] and may differ between rows."""
+        raise NotImplementedError
+
+    def flops_per_token(self, tokens: int) -> float:
+        """Forward FLOPs per token in a row of that many tokens (multiply-add = 2)."""
+        raise NotImplementedError
+
+    def state_bytes(self, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes of one row's state after that many tokens."""
+        raise NotImplementedError

@@ -1,0 +1,47 @@
+"""Initialisation keyed by name: a parameter's first value depends on its name and the seed alone.
+
+So it is independent of world size, ZeRO stage and of which other parts the model has. A module's
+reset_parameters() fills its own direct parameters from torch's global generator; `initialise`
+walks the modules and seeds that generator from (seed, module name) before each call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import nn
+
+
+def depth_std(std: float, n_layers: int) -> float:
+    """Standard deviation of an output projection into the residual stream: std / sqrt(2 L).
+
+    GPT-2 (Radford et al. 2019), section 2.3: two residual additions per layer.
+    """
+    return std / math.sqrt(2 * n_layers)
+
+
+def keyed_seed(seed: int, name: str) -> int:
+    """63-bit seed for one named thing."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, seed: int) -> None:
+    """Fill every parameter of the model in place, on the CPU's generator.
+
+    Raises TypeError when a module owns parameters but has no reset_parameters().
+    """
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for name, module in model.named_modules():
+            if not any(True for _ in module.parameters(recurse=False)):
+                continue
+            if not hasattr(module, "reset_parameters"):
+                raise TypeError(
+                    f"{name}: {type(module).__name__} owns parameters but has no reset_parameters()"
+                )
+            torch.manual_seed(keyed_seed(seed, name))
+            module.reset_parameters()

@@ -1,0 +1,223 @@
+"""From a resolved configuration to objects: the only place that instantiates a `_target_`.
+
+A part's constructor takes d_model first where it has a width, then keyword arguments: the facts
+only known here (layer_idx, n_layers, head_dim, ...) and the knobs of its YAML file. What each
+group's target is called with is written in build_model, below.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+
+from llmtrain.mixers.base import Mixer
+from llmtrain.model.block import Block
+from llmtrain.model.init import initialise
+from llmtrain.model.language_model import LanguageModel
+
+# A configuration may come with a downloaded checkpoint, so `_target_` can only name our own parts.
+ALLOWED = ("llmtrain.", "llmtrain_data.")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Knobs of the stack that say how blocks are made; its other knobs go to the stack itself.
+BLOCK_KNOBS = ("pattern", "norm_position")
+
+
+def target(node: dict, where: str) -> Callable[..., Any]:
+    """The class or function that a node's `_target_` names. ValueError when it may not or cannot.
+
+    where: how the user names the node, "mixer=attention".
+    """
+    name = node.get("_target_")
+    if not isinstance(name, str) or not name.startswith(ALLOWED):
+        raise ValueError(
+            f"{where}: _target_ is {name!r}, expected a name that starts with "
+            f"{' or '.join(ALLOWED)}; parts of other packages are not instantiated"
+        )
+    module_name, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ValueError(
+            f"{where}: _target_ {name!r} does not exist ({error}); "
+            "fix the _target_ line of its YAML file"
+        ) from error
+
+
+def knobs(node: dict) -> dict:
+    """The knobs of a node: its keys without hydra's own."""
+    return {key: value for key, value in node.items() if key not in ("_target_", "_partial_")}
+
+
+def part(node: dict, where: str, *args: Any, **runtime: Any) -> Any:
+    """Build one part: node's target called with args, runtime facts and the node's knobs.
+
+    where: how the user names the node, "mixer=attention"; every ValueError starts with it.
+    """
+    build = target(node, where)
+    signature = inspect.signature(build)
+    try:
+        signature.bind(*args, **{**runtime, **knobs(node)})
+    except TypeError as error:
+        valid = sorted(set(signature.parameters) - set(runtime))
+        raise ValueError(
+            f"{where}: {node['_target_']} {error}; its knobs are {', '.join(valid)}"
+        ) from error
+    partial = instantiate(
+        {**node, "_partial_": True}, _recursive_=False, _convert_="all", **runtime
+    )
+    try:
+        return partial(*args)
+    except ValueError as error:
+        if str(error).startswith(where):
+            raise
+        raise ValueError(f"{where}: {error}") from error
+
+
+def label(config: dict, group: str) -> str:
+    """How the user names the chosen option of a group: "mixer=attention"."""
+    option = config.get("choices", {}).get(group)
+    return group if option is None else f"{group}={option}"
+
+
+def mounted_mixers(config: dict) -> dict[str, tuple[dict, str]]:
+    """Pattern letter -> (mixer node, label). `mixer` is letter a."""
+    mounted = {"a": (config["mixer"], label(config, "mixer"))}
+    for letter, node in config.get("mixers", {}).items():
+        mounted[letter] = (node, label(config, f"mixer@mixers.{letter}"))
+    return mounted
+
+
+def layer_letters(config: dict) -> list[str]:
+    """The pattern letter of every layer. ValueError when it does not fit the layers or mixers."""
+    pattern, n_layers = config["stack"]["pattern"], config["model"]["n_layers"]
+    if isinstance(pattern, str):
+        if not pattern or n_layers % len(pattern):
+            raise ValueError(
+                f"stack.pattern: got {pattern!r} ({len(pattern)} letters) for "
+                f"model.n_layers={n_layers}, expected a length that divides it; "
+                "change either, or give a list with one letter a layer"
+            )
+        letters = list(pattern) * (n_layers // len(pattern))
+    else:
+        letters = list(pattern)
+        if len(letters) != n_layers:
+            raise ValueError(
+                f"stack.pattern: got a list of {len(letters)} letters, expected "
+                f"model.n_layers={n_layers}; change either, or give a string to be repeated"
+            )
+    mounted = mounted_mixers(config)
+    for letter in letters:
+        if letter not in mounted:
+            raise ValueError(
+                f"stack.pattern: letter {letter!r} names no mixer, expected one of "
+                f"{', '.join(sorted(mounted))}; mount it with +mixer@mixers.{letter}=<option>"
+            )
+    return letters
+
+
+def head_dim(config: dict) -> int:
+    """Width of a head. ValueError when d_model does not divide into n_heads."""
+    model = config["model"]
+    if model["head_dim"] is not None:
+        return model["head_dim"]
+    if model["d_model"] % model["n_heads"]:
+        raise ValueError(
+            f"model.d_model: got {model['d_model']}, expected a multiple of "
+            f"model.n_heads={model['n_heads']}; change either, or set model.head_dim"
+        )
+    return model["d_model"] // model["n_heads"]
+
+
+def padded_vocab_size(config: dict, vocab_size: int) -> int:
+    """Rows of the embedding: enough for the tokenizer and model.vocab_size, rounded up."""
+    wanted = config["model"]["vocab_size"] or vocab_size
+    if wanted < vocab_size:
+        raise ValueError(
+            f"model.vocab_size: got {wanted}, expected at least the tokenizer's {vocab_size}; "
+            "set model.vocab_size=null to follow the tokenizer"
+        )
+    multiple = config["model"]["vocab_multiple"]
+    return math.ceil(wanted / multiple) * multiple
+
+
+def build_model(
+    config: dict,
+    *,
+    vocab_size: int,
+    device: torch.device | str = "cpu",
+    compute_dtype: torch.dtype = torch.float32,
+) -> LanguageModel:
+    """The model of a configuration, initialised from config["seed"] (not on meta).
+
+    vocab_size: number of tokens of the tokenizer. Weights are drawn on the CPU, so that they do
+    not depend on the device.
+    """
+    sizes = config["model"]
+    d_model, n_layers = sizes["d_model"], sizes["n_layers"]
+    rows = padded_vocab_size(config, vocab_size)
+    mounted = mounted_mixers(config)
+
+    def norm() -> torch.nn.Module:
+        return part(config["norm"], label(config, "norm"), d_model)
+
+    def block(layer_idx: int, letter: str) -> Block:
+        facts = {"layer_idx": layer_idx, "n_layers": n_layers}
+        return Block(
+            part(*mounted[letter], d_model, **facts),
+            part(config["channel"], label(config, "channel"), d_model, **facts),
+            norm(),
+            norm(),
+            norm_position=config["stack"]["norm_position"],
+        )
+
+    with torch.device("meta" if torch.device(device).type == "meta" else "cpu"):
+        blocks = [block(i, letter) for i, letter in enumerate(layer_letters(config))]
+        stack_node = {k: v for k, v in config["stack"].items() if k not in BLOCK_KNOBS}
+        model = LanguageModel(
+            embedding=part(
+                config["embedding"], label(config, "embedding"), d_model, vocab_size=rows
+            ),
+            position=part(
+                config["position"],
+                label(config, "position"),
+                d_model,
+                max_seq_len=sizes["max_seq_len"],
+                head_dim=rotary_head_dim(config, [b.mixer for b in blocks]),
+            ),
+            stack=part(stack_node, label(config, "stack"), blocks),
+            norm=norm(),
+            vocab_size=vocab_size,
+            padded_vocab_size=rows,
+            compute_dtype=compute_dtype,
+        )
+    if torch.device(device).type == "meta":
+        return model
+    initialise(model, config["seed"])
+    return model.to(device)
+
+
+def rotary_head_dim(config: dict, mixers: list[Mixer]) -> int:
+    """The head width that rotary positions are made for: the one of the mixers that use them."""
+    widths = sorted({mixer.head_dim for mixer in mixers if mixer.uses_positions})
+    if len(widths) > 1:
+        raise ValueError(
+            f"mixer.head_dim: got {widths} in the mixers that use positions, expected one width; "
+            "set the same head_dim for all mounted mixers"
+        )
+    return widths[0] if widths else head_dim(config)
+
+
+def build_objective(config: dict) -> torch.nn.Module:
+    return part(config["objective"], label(config, "objective"))
+
+
+def build_sources(config: dict, key: str = "sources") -> dict[str, Any]:
+    """Source name -> source, of config["data"]["sources"] or ["val_sources"]."""
+    nodes = config["data"].get(key) or {}
+    return {name: part(node, f"data.{key}.{name}") for name, node in nodes.items()}

@@ -30,8 +30,11 @@ def keyed_seed(seed: int, name: str) -> int:
 
 @torch.no_grad()
 def initialise(model: nn.Module, seed: int) -> None:
-    """Fill every parameter of the model in place, on the CPU's generator.
+    """Fill every parameter of the model in place; the caller's random state is left alone.
 
+    Values are drawn by the generator of the device that the parameters are on; fill on the CPU and
+    move afterwards, and they do not depend on the device. A shared parameter is filled by every
+    module that holds it; the last in model.named_modules() wins.
     Raises TypeError when a module owns parameters but has no reset_parameters().
     """
     device = next(model.parameters()).device

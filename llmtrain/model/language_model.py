@@ -1,0 +1,149 @@
+"""Tokens in, hidden vectors out; the head that turns them into logits is a call of its own.
+
+    x = embed(tokens) (+ positions) -> stack -> norm -> hidden;   logits = head(hidden)
+
+Splitting the head off lets an objective compute the loss in pieces, generation ask for the last
+token's logits only, and further heads read the same hidden vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from llmtrain.channels.base import Aux
+from llmtrain.context import SequenceContext
+from llmtrain.mixers.base import State
+from llmtrain.model.embedding import Embedding, TiedHead
+from llmtrain.model.linear import Linear
+from llmtrain.model.stack import Stack
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelState:
+    """What a model remembers of its rows. Rows may have read different numbers of tokens.
+
+    length_B: int64 [B], tokens read so far; layers: one State per application of a block.
+    """
+
+    length_B: Tensor
+    layers: list[State]
+
+    def select(self, index_B: Tensor) -> ModelState:
+        """The rows of index_B (int64), in that order."""
+        layers = [{name: x.index_select(0, index_B) for name, x in s.items()} for s in self.layers]
+        return ModelState(length_B=self.length_B.index_select(0, index_B), layers=layers)
+
+    @staticmethod
+    def cat(states: Sequence[ModelState]) -> ModelState:
+        """The rows of all states, one after another; all made with the same max_tokens."""
+        layers = [
+            {name: torch.cat([s[name] for s in layer]) for name in layer[0]}
+            for layer in zip(*(state.layers for state in states), strict=True)
+        ]
+        return ModelState(length_B=torch.cat([s.length_B for s in states]), layers=layers)
+
+
+class ModelOutput(NamedTuple):
+    """A tuple, so that ZeRO-3's hooks find the tensors in it.
+
+    hidden_BTD: after the final norm, in the compute dtype; state: None when none was given.
+    """
+
+    hidden_BTD: Tensor
+    state: ModelState | None
+    aux: Aux
+
+
+class LanguageModel(nn.Module):
+    """vocab_size: tokens that can be predicted; padded_vocab_size: rows of embedding and head.
+
+    norm: the final norm; dropped when the stack's last block ends in a norm of its own.
+    compute_dtype: of the activations, from the embedding's output on.
+    """
+
+    def __init__(
+        self,
+        *,
+        embedding: Embedding,
+        position: nn.Module,
+        stack: Stack,
+        norm: nn.Module,
+        vocab_size: int,
+        padded_vocab_size: int,
+        compute_dtype: torch.dtype = torch.float32,
+    ):
+        super().__init__()
+        rows, d_model = embedding.weight.shape
+        if padded_vocab_size != rows or vocab_size > rows:
+            raise ValueError(
+                f"model: got vocab_size={vocab_size} and padded_vocab_size={padded_vocab_size}, "
+                f"expected the embedding's {rows} rows and no more tokens than that; build the "
+                "embedding with vocab_size=padded_vocab_size"
+            )
+        self.vocab_size, self.padded_vocab_size = vocab_size, padded_vocab_size
+        self.compute_dtype = compute_dtype
+        self.embedding = embedding
+        self.position = position
+        self.stack = stack
+        self.norm = nn.Identity() if stack.normalises_output else norm
+        self.head = (
+            TiedHead(embedding)
+            if embedding.tied
+            else Linear(d_model, rows, init_std=embedding.init_std)
+        )
+
+    def forward(
+        self, tokens_BT: Tensor, ctx: SequenceContext, state: ModelState | None = None
+    ) -> ModelOutput:
+        """All tokens of the rows. With a state: continue it by T tokens; it must not be used again.
+
+        Every row of the state must have read ctx.prefix_tokens tokens, and ctx must be dense.
+        """
+        if state is not None and not ctx.is_dense:
+            raise ValueError(
+                "model: got a state together with packed rows, expected rows of one document; "
+                "make the context with SequenceContext.dense"
+            )
+        x_BTD = self.embedding(tokens_BT).to(self.compute_dtype)
+        x_BTD = self.position.add(x_BTD, ctx)
+        ctx = ctx.with_rotary(self.position.rotary(ctx))
+        x_BTD, layers, aux = self.stack(x_BTD, ctx, None if state is None else state.layers)
+        new_state = None
+        if state is not None:
+            length_B = state.length_B + tokens_BT.shape[1]
+            new_state = ModelState(length_B=length_B, layers=layers)
+        return ModelOutput(self.norm(x_BTD), new_state, aux)
+
+    def logits(self, hidden_BTD: Tensor) -> Tensor:
+        """logits_BTO in the compute dtype, O = vocab_size: padding rows never get probability."""
+        return self.head(hidden_BTD)[..., : self.vocab_size]
+
+    def step(self, tokens_B: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
+        """One more token a row; rows may have different lengths. Returns logits_BO."""
+        positions_BT = state.length_B[:, None]
+        ctx = SequenceContext(positions_BT=positions_BT, max_seqlen=1)
+        x_BTD = self.embedding(tokens_B[:, None]).to(self.compute_dtype)
+        x_BTD = self.position.add(x_BTD, ctx)
+        ctx = ctx.with_rotary(self.position.rotary(ctx))
+        x_BD, layers = self.stack.step(x_BTD[:, 0], ctx, state.layers)
+        new_state = ModelState(length_B=state.length_B + 1, layers=layers)
+        return self.logits(self.norm(x_BD)), new_state
+
+    def init_state(self, batch: int, max_tokens: int) -> ModelState:
+        """The state of rows that have read nothing and will read at most max_tokens."""
+        device = self.embedding.weight.device
+        return ModelState(
+            length_B=torch.zeros(batch, dtype=torch.int64, device=device),
+            layers=self.stack.init_state(
+                batch, max_tokens=max_tokens, device=device, dtype=self.compute_dtype
+            ),
+        )
+
+    def flops_per_token(self, tokens: int) -> float:
+        """Forward FLOPs per token in a row of that many tokens, head included."""
+        return self.stack.flops_per_token(tokens) + self.head.flops_per_token()

@@ -146,6 +146,11 @@ def padded_vocab_size(config: dict, vocab_size: int) -> int:
     return math.ceil(wanted / multiple) * multiple
 
 
+def configured_vocab_size(config: dict) -> int:
+    """Tokens of the vocabulary as far as the configuration alone tells: for plans and checks."""
+    return config["model"]["vocab_size"] or config["tokenizer"]["vocab_size"]
+
+
 def build_model(
     config: dict,
     *,

@@ -13,39 +13,76 @@ from pathlib import Path
 
 import hydra
 import yaml
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
-COMMANDS = ("prep", "train", "eval", "generate", "plan")
-
-
-def config_root() -> Path:
-    """The folder of the shipped YAML files: inside an installed package, or the checkout's."""
-    package = Path(__file__).resolve().parent
-    installed = package / "configs"
-    return installed if installed.is_dir() else package.parent / "configs"
+from llmtrain import groups
+from llmtrain.validate import validate
 
 
 def compose(
-    command: str, overrides: Sequence[str] = (), *, config_dirs: Sequence[str] = ()
+    command: str, overrides: Sequence[str] = (), *, config_dirs: Sequence[str | Path] = ()
 ) -> dict:
-    """The resolved configuration of a command: plain dicts, lists and scalars.
+    """The resolved and checked configuration of a command: plain dicts, lists and scalars.
 
     overrides: hydra overrides ("mixer=mha", "train.seq_len=512", "+mixer@mixers.b=mha").
     config_dirs: folders searched for group options besides the shipped ones.
+    Raises ValueError for whatever is wrong with it.
     """
-    config, choices = compose_raw(command, overrides, config_dirs)
-    resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    return {**resolved, "choices": choices, "overrides": list(overrides)}
+    found, typed = groups.options(config_dirs), groups.parse(overrides)
+    check_overrides(command, typed, found, config_dirs)
+    raw, choices = hydra_compose(command, overrides, config_dirs)
+    missing = sorted(OmegaConf.missing_keys(raw))
+    if missing:
+        raise ValueError(
+            f"{missing[0]}: no value, expected one on the command line; "
+            f"add {missing[0]}=... (see `llmtrain {command} --help`)"
+        )
+    try:
+        resolved = OmegaConf.to_container(raw, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(
+            f"{error.full_key}: {str(error).splitlines()[0]}; fix the ${{...}} in its YAML file "
+            "or override"
+        ) from error
+    config = {**resolved, "choices": choices, "overrides": list(overrides)}
+    validate(command, config, OmegaConf.to_container(raw, resolve=False), typed)
+    return config
 
 
-def compose_raw(
-    command: str, overrides: Sequence[str], config_dirs: Sequence[str]
+def check_overrides(
+    command: str,
+    typed: list[Override],
+    found: dict[str, list[str]],
+    config_dirs: Sequence[str | Path],
+) -> None:
+    """Check what was typed: groups and options against the defaults, then keys against the
+    configuration that these groups make."""
+    defaults = groups.defaults(command)
+    by_group = [override for override in typed if groups.is_group(override, found)]
+    for override in by_group:
+        groups.check_group(override, found, defaults, command)
+    lines = [override.input_line for override in by_group]
+    raw, _ = hydra_compose(command, lines, config_dirs)
+    plain = OmegaConf.to_container(raw, resolve=False)
+    for override in typed:
+        if override not in by_group:
+            groups.check_key(override, plain, found, grouped=bool(defaults))
+
+
+def hydra_compose(
+    command: str, overrides: Sequence[str], config_dirs: Sequence[str | Path]
 ) -> tuple[DictConfig, dict[str, str]]:
     """The composed configuration with its interpolations, and group -> option."""
-    search = [f"file://{Path(folder).resolve()}" for folder in config_dirs]
-    extra = [f"hydra.searchpath=[{','.join(search)}]"] if search else []
-    with hydra.initialize_config_dir(str(config_root()), version_base="1.3"):
-        config = hydra.compose(command, [*overrides, *extra], return_hydra_config=True)
+    search = ",".join(f"file://{Path(folder).resolve()}" for folder in config_dirs)
+    extra = [f"hydra.searchpath=[{search}]"] if search else []
+    try:
+        with hydra.initialize_config_dir(str(groups.config_root()), version_base="1.3"):
+            config = hydra.compose(command, [*overrides, *extra], return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(f"llmtrain {command}: {str(error).strip()}") from error
     choices = {
         group: option
         for group, option in config.hydra.runtime.choices.items()

@@ -1,0 +1,201 @@
+"""Types of the plain sections of a configuration, and the check of a value against a type.
+
+Parts (nodes with a `_target_`) are checked against their constructor's annotations instead.
+Defaults live in the YAML files only.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from dataclasses import dataclass
+from typing import Literal
+
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    seq_len: int
+    global_batch_tokens: int
+    micro_batch: int | None
+    total_tokens: int
+    precision: Precision
+    compile: Literal["none", "blocks", "model"]
+    activation_checkpointing: Literal["none", "full"]
+    grad_clip: float | None
+    device: Device
+    mask_documents: bool
+    log_every: int
+    val_every: int
+    val_tokens: int
+    save_every: int
+    keep: int
+    resume: str
+    max_skipped: int
+    deterministic: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int | None
+    ffn_hidden: int
+    vocab_size: int | None
+    vocab_multiple: int
+    tie_embeddings: bool
+    norm_eps: float
+    rope_theta: float
+    max_seq_len: int
+    init_std: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    name: str
+    root: str
+    sources: dict[str, dict]
+    val_sources: dict[str, dict]
+    val_fraction: float
+    weights: dict[str, float] | None
+    shard_tokens: int
+    workers: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    name: str
+    run_dir: str
+    seed: int
+    train: Train
+    mixers: dict[str, dict]
+    dry_run: bool
+    model: Model
+    data: Data
+    tokenizer: dict
+    embedding: dict
+    position: dict
+    mixer: dict
+    channel: dict
+    norm: dict
+    stack: dict
+    objective: dict
+    optimizer: dict
+    schedule: dict
+    deepspeed: dict
+    tracker: dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepConfig(TrainConfig):
+    overwrite: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    ranks: int
+    tokens_per_second: float | None
+    device_name: str | None
+    mfu: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(TrainConfig):
+    plan: Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passkey:
+    lengths: list[int]
+    depths: list[float]
+    samples: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    checkpoint: str
+    tasks: list[str]
+    include_path: str | None
+    limit: int | None
+    corpus: str | None
+    batch_tokens: int
+    device: Device
+    precision: Precision
+    out: str | None
+    seed: int
+    passkey: Passkey
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    checkpoint: str
+    prompt: str | list[str]
+    max_new_tokens: int
+    samples: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int
+    device: Device
+    precision: Precision
+
+
+COMMANDS = {
+    "prep": PrepConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "generate": GenerateConfig,
+    "plan": PlanConfig,
+}
+
+
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
+
+def describe(annotation: object) -> str:
+    """A type in the user's words: "int or null", "one of fp32, bf16"."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is types.NoneType:
+        return "null"
+    if origin is Literal:
+        return f"one of {', '.join(str(value) for value in arguments)}"
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(describe(argument) for argument in arguments)
+    if origin in (list, tuple):
+        return f"a list ({describe(arguments[0])} each)"
+    if origin is dict or annotation is dict:
+        return "a dict"
+    return WORDS.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def fits(value: object, annotation: object) -> bool:
+    """Whether a YAML value is of a type; an int is a float, a bool is no int."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return value in arguments
+    if origin in (types.UnionType, typing.Union):
+        return any(fits(value, argument) for argument in arguments)
+    if origin in (list, tuple):
+        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            fits(key, arguments[0]) and fits(item, arguments[1]) for key, item in value.items()
+        )
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return not isinstance(annotation, type) or isinstance(value, annotation)
+
+
+def check_type(value: object, annotation: object, place: str) -> None:
+    """ValueError when the value is not of the type."""
+    if not fits(value, annotation):
+        kind = "null" if value is None else f"{value!r} ({type(value).__name__})"
+        how = f"""'{place}="{value}"'""" if fits(str(value), annotation) else f"{place}=..."
+        raise ValueError(f"{place}: got {kind}, expected {describe(annotation)}; write {how}")

@@ -1,0 +1,266 @@
+"""Checks of a composed configuration: keys, types, sizes, and values that would have no effect.
+
+Every check raises ValueError with place, what was got, what was expected and how to fix it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import typing
+from collections.abc import Collection, Iterator
+
+from hydra.core.override_parser.types import Override
+
+from llmtrain import build, schema
+from llmtrain.groups import did_you_mean
+
+# Keys of the model section that build.py reads itself; the others act through ${model.<key>}.
+READ_BY_BUILD = {"d_model", "n_layers", "vocab_size", "vocab_multiple", "max_seq_len"}
+# What `llmtrain prep` reads of the configuration that it shares with `llmtrain train`.
+READ_BY_PREP = ("data", "tokenizer", "overwrite", "experiment", "name", "seed")
+
+
+def validate(command: str, config: dict, raw: dict, typed: list[Override]) -> None:
+    """All checks of a command's configuration.
+
+    raw: the configuration with its interpolations, typed: the overrides of the command line.
+    """
+    written = {key: config[key] for key in config if key not in ("choices", "overrides")}
+    check_section(written, schema.COMMANDS[command], "")
+    if command == "generate":
+        check_generate(config, typed)
+        return
+    if command == "eval":
+        check_eval(config, typed)
+        return
+    for place, node in parts(config):
+        check_part(node, place)
+    check_data(config, typed)
+    if command == "prep":
+        check_prep(typed)
+        return
+    check_sizes(config)
+    check_mixers(config)
+    check_position(config)
+    check_model_overrides(raw, typed)
+    if command == "plan":
+        check_plan(config)
+    build.build_model(config, vocab_size=build.configured_vocab_size(config), device="meta")
+
+
+def check_section(section: dict, kind: type, place: str) -> None:
+    """Keys and types of a plain section against a dataclass of schema.py."""
+    hints = typing.get_type_hints(kind)
+    for key, value in section.items():
+        if key not in hints:
+            raise ValueError(
+                f"{place or 'configuration'}: key {key!r} is read by nothing, expected one of "
+                f"{', '.join(hints)}; remove it.{did_you_mean(str(key), hints)}"
+            )
+        inside = f"{place}.{key}" if place else key
+        if dataclasses.is_dataclass(hints[key]):
+            schema.check_type(value, dict, inside)
+            check_section(value, hints[key], inside)
+        else:
+            schema.check_type(value, hints[key], inside)
+    for key in hints:
+        if key not in section:
+            raise ValueError(f"{place or 'configuration'}: key {key!r} is missing; add it")
+
+
+def parts(node: object, place: str = "") -> Iterator[tuple[str, dict]]:
+    """(place, node) of every node with a `_target_`."""
+    if not isinstance(node, dict):
+        return
+    if "_target_" in node:
+        yield place, node
+    for key, value in node.items():
+        yield from parts(value, f"{place}.{key}" if place else str(key))
+
+
+def check_part(node: dict, place: str) -> None:
+    """Knobs of a part against its constructor's signature: names and annotated types."""
+    made_by = build.target(node, place)
+    names = inspect.signature(made_by).parameters
+    hints = typing.get_type_hints(made_by.__init__ if inspect.isclass(made_by) else made_by)
+    for key, value in build.knobs(node).items():
+        if key not in names:
+            raise ValueError(
+                f"{place}: {node['_target_']} has no knob {key!r}, expected some of "
+                f"{', '.join(names)}; remove it.{did_you_mean(key, names)}"
+            )
+        if key in hints:
+            schema.check_type(value, hints[key], f"{place}.{key}")
+
+
+def positive(section: dict, keys: Collection[str], place: str) -> None:
+    """ValueError when one of these numbers is given and not above zero."""
+    for key in keys:
+        if section[key] is not None and section[key] <= 0:
+            raise ValueError(
+                f"{place}.{key}: got {section[key]}, expected more than 0; set {place}.{key}=..."
+            )
+
+
+def check_sizes(config: dict) -> None:
+    """Sizes are positive, and those that must divide do."""
+    train, model = config["train"], config["model"]
+    numbers = [key for key, value in train.items() if type(value) in (int, float)]
+    positive(train, numbers, "train")
+    positive(model, [key for key, value in model.items() if type(value) in (int, float)], "model")
+    seq_len, batch = train["seq_len"], train["global_batch_tokens"]
+    if seq_len > model["max_seq_len"]:
+        raise ValueError(
+            f"train.seq_len: got {seq_len}, expected at most "
+            f"model.max_seq_len={model['max_seq_len']}; change either"
+        )
+    if batch % seq_len:
+        nearest = max(1, round(batch / seq_len)) * seq_len
+        raise ValueError(
+            f"train.global_batch_tokens: got {batch}, expected a multiple of "
+            f"train.seq_len={seq_len}; set train.global_batch_tokens={nearest}"
+        )
+    micro = train["micro_batch"]
+    if micro is not None and (batch // seq_len) % micro:
+        raise ValueError(
+            f"train.micro_batch: got {micro}, expected a divisor of the {batch // seq_len} rows "
+            "of a global batch (train.global_batch_tokens / train.seq_len); change either, or "
+            "set train.micro_batch=null"
+        )
+
+
+def check_mixers(config: dict) -> None:
+    """Every mounted mixer stands in the pattern."""
+    letters = set(build.layer_letters(config))
+    for letter, (_, name) in build.mounted_mixers(config).items():
+        if letter not in letters:
+            raise ValueError(
+                f"{name}: has no effect, letter {letter!r} does not stand in stack.pattern="
+                f"{config['stack']['pattern']}; add the letter or remove the mixer"
+            )
+
+
+def check_position(config: dict) -> None:
+    """Rotary positions act only through mixers that read them."""
+    name = build.label(config, "position")
+    if not build.target(config["position"], name).rotary_kind:
+        return
+    mixers = list(build.mounted_mixers(config).values())
+    if not any(build.target(*mixer).uses_positions for mixer in mixers):
+        raise ValueError(
+            f"{name}: has no effect, none of {', '.join(label for _, label in mixers)} reads "
+            "rotary angles; set position=none (or sinusoidal, learned), or choose another mixer"
+        )
+
+
+def interpolated(raw: object, section: str) -> set[str]:
+    """The keys of a section that some ${section.key} of the configuration reads."""
+    if isinstance(raw, dict):
+        return set().union(*(interpolated(value, section) for value in raw.values()))
+    if isinstance(raw, list):
+        return set().union(*(interpolated(value, section) for value in raw))
+    return set(re.findall(rf"\$\{{{section}\.(\w+)\}}", raw)) if isinstance(raw, str) else set()
+
+
+def check_model_overrides(raw: dict, typed: list[Override]) -> None:
+    """A model size given on the command line is read by some chosen part."""
+    read = READ_BY_BUILD | interpolated(raw, "model")
+    for override in typed:
+        section, _, key = override.key_or_group.partition(".")
+        if section == "model" and key and key not in read:
+            raise ValueError(
+                f"{override.input_line}: has no effect, none of the chosen parts reads "
+                f"model.{key}, expected one of {', '.join(sorted(read))}; remove it"
+            )
+
+
+def given(typed: list[Override], key: str) -> Override | None:
+    """The command line's override of a key, or of a key inside it."""
+    for override in typed:
+        if f"{override.key_or_group}.".startswith(f"{key}."):
+            return override
+    return None
+
+
+def check_data(config: dict, typed: list[Override]) -> None:
+    """Weights name the sources; a held-out fraction is only taken without val_sources."""
+    data = config["data"]
+    sources, weights = data["sources"], data["weights"]
+    if not sources:
+        raise ValueError(
+            "data.sources: got none, expected at least one; add +data.sources.NAME=..."
+        )
+    if weights is not None:
+        if len(sources) == 1:
+            raise ValueError(
+                f"data.weights: has no effect with the single source {next(iter(sources))!r}; "
+                "set data.weights=null, or add sources"
+            )
+        if set(weights) != set(sources):
+            raise ValueError(
+                f"data.weights: got weights of {', '.join(sorted(weights))}, expected one for each "
+                f"of data.sources: {', '.join(sorted(sources))}; add or remove weights"
+            )
+        positive(weights, weights, "data.weights")
+    if data["val_sources"] and (override := given(typed, "data.val_fraction")):
+        raise ValueError(
+            f"{override.input_line}: has no effect, the held-out text comes from "
+            "data.val_sources; remove either"
+        )
+    if not 0 <= data["val_fraction"] < 1:
+        raise ValueError(
+            f"data.val_fraction: got {data['val_fraction']}, expected 0 <= fraction < 1; "
+            "set data.val_fraction=0.01"
+        )
+
+
+def check_prep(typed: list[Override]) -> None:
+    """Nothing is typed that prep does not read."""
+    for override in typed:
+        section = override.key_or_group.partition(".")[0]
+        if section not in READ_BY_PREP:
+            raise ValueError(
+                f"{override.input_line}: has no effect on `llmtrain prep`, which reads "
+                f"{', '.join(READ_BY_PREP)}; remove it"
+            )
+
+
+def check_plan(config: dict) -> None:
+    plan = config["plan"]
+    positive(plan, ("ranks", "tokens_per_second", "mfu"), "plan")
+    if plan["tokens_per_second"] is not None and plan["device_name"] is not None:
+        raise ValueError(
+            f"plan.device_name: {plan['device_name']!r} has no effect, the rate is given by "
+            f"plan.tokens_per_second={plan['tokens_per_second']}; remove either"
+        )
+
+
+def check_eval(config: dict, typed: list[Override]) -> None:
+    positive(config, ("limit", "batch_tokens"), "eval")
+    if not config["tasks"]:
+        raise ValueError("tasks: got an empty list, expected names; set tasks=[bits_per_byte]")
+    override = given(typed, "passkey")
+    if override and "passkey" not in config["tasks"]:
+        raise ValueError(
+            f"{override.input_line}: has no effect, passkey is not among "
+            f"tasks=[{','.join(config['tasks'])}]; add it, or remove this"
+        )
+
+
+def check_generate(config: dict, typed: list[Override]) -> None:
+    positive(config, ("max_new_tokens", "samples", "top_k", "top_p"), "generate")
+    if config["temperature"] < 0:
+        raise ValueError(
+            f"temperature: got {config['temperature']}, expected 0 (greedy) or more; "
+            "set temperature=0.8"
+        )
+    if config["temperature"] > 0:
+        return
+    for key in ("top_k", "top_p", "samples", "seed"):
+        if override := given(typed, key):
+            raise ValueError(
+                f"{override.input_line}: has no effect with temperature=0, which always takes "
+                "the most likely token; remove it, or set temperature=0.8"
+            )

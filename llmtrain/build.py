@@ -43,6 +43,8 @@ def target(node: dict, where: str) -> Callable[..., Any]:
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except (ModuleNotFoundError, AttributeError) as error:
+        if isinstance(error, ModuleNotFoundError) and not module_name.startswith(str(error.name)):
+            raise  # the part exists; what it imports is not installed
         raise ValueError(
             f"{where}: _target_ {name!r} does not exist ({error}); "
             "fix the _target_ line of its YAML file"

@@ -36,7 +36,7 @@ def validate(command: str, config: dict, raw: dict, typed: list[Override]) -> No
         check_eval(config, typed)
         return
     for place, node in parts(config):
-        check_part(node, place)
+        check_part(node, build.label(config, place))
     check_data(config, typed)
     if command == "prep":
         check_prep(typed)
@@ -81,7 +81,10 @@ def parts(node: object, place: str = "") -> Iterator[tuple[str, dict]]:
 
 
 def check_part(node: dict, place: str) -> None:
-    """Knobs of a part against its constructor's signature: names and annotated types."""
+    """Knobs of a part against its constructor's signature: names and annotated types.
+
+    place: how the user names the part, "mixer=attention".
+    """
     made_by = build.target(node, place)
     names = inspect.signature(made_by).parameters
     hints = typing.get_type_hints(made_by.__init__ if inspect.isclass(made_by) else made_by)
@@ -92,7 +95,7 @@ def check_part(node: dict, place: str) -> None:
                 f"{', '.join(names)}; remove it.{did_you_mean(key, names)}"
             )
         if key in hints:
-            schema.check_type(value, hints[key], f"{place}.{key}")
+            schema.check_type(value, hints[key], f"{place.partition('=')[0]}.{key}")
 
 
 def positive(section: dict, keys: Collection[str], place: str) -> None:

@@ -1,0 +1,149 @@
+"""What a run will cost, computed from a model on the meta device: nothing is allocated.
+
+The estimate of memory is explained in accounting.py. Hours need a rate: a measured one, or the
+device's bf16 peak times an assumed MFU.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from llmtrain import accounting, build
+from llmtrain.accounting import MemoryEstimate
+
+STAGES = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """parameters: part -> count, with "total". flops: forward, per token; a training token costs
+    three times that. state_bytes: length in tokens -> bytes a generated row keeps, in bf16.
+    memory: ZeRO stage -> estimate for one rank. hours: None without a rate."""
+
+    parameters: dict[str, int]
+    flops: float
+    state_bytes: dict[int, int]
+    memory: dict[int, MemoryEstimate]
+    stage: int | None
+    ranks: int
+    micro_batch: int
+    row_bytes: int
+    seq_len: int
+    rows: int
+    steps: int
+    tokens: int
+
+    @property
+    def train_flops(self) -> float:
+        """FLOPs of a training token: forward, and backward at twice that."""
+        return 3.0 * self.flops
+
+
+def make_plan(config: dict, *, ranks: int = 1) -> Plan:
+    """The plan of a composed training configuration over that many ranks.
+
+    ValueError when the rows of a global batch do not divide among the ranks and micro-batches.
+    """
+    train = config["train"]
+    model = build.build_model(
+        config,
+        vocab_size=build.configured_vocab_size(config),
+        device="meta",
+        compute_dtype=build.DTYPES[train["precision"]],
+    )
+    seq_len = train["seq_len"]
+    rows = train["global_batch_tokens"] // seq_len
+    micro_batch = train["micro_batch"] or 1
+    if rows % (ranks * micro_batch):
+        raise ValueError(
+            f"train.global_batch_tokens: got {rows} rows of train.seq_len={seq_len}, expected a "
+            f"multiple of {ranks} ranks x {micro_batch} rows a micro-batch; change it, the number "
+            "of ranks, or train.micro_batch"
+        )
+
+    def memory(stage: int, micro_batch: int) -> MemoryEstimate:
+        node = config["deepspeed"]
+        return accounting.memory_per_rank(
+            model,
+            stage=stage,
+            world_size=ranks,
+            micro_batch=micro_batch,
+            seq_len=seq_len,
+            activation_checkpointing=train["activation_checkpointing"],
+            compiled=train["compile"] != "none",
+            chunk_tokens=config["objective"].get("chunk_tokens"),
+            bucket_elements=node.get("reduce_bucket_size", 0) * (1 + node.get("overlap_comm", 0)),
+        )
+
+    one, two = memory(0, micro_batch), memory(0, micro_batch + 1)
+    steps = math.ceil(train["total_tokens"] / train["global_batch_tokens"])
+    lengths = sorted({seq_len, config["model"]["max_seq_len"]})
+    return Plan(
+        parameters=accounting.parameters_by_part(model),
+        flops=accounting.flops_per_token(model, seq_len),
+        state_bytes={length: accounting.state_bytes(model, length) for length in lengths},
+        memory={stage: memory(stage, micro_batch) for stage in STAGES},
+        stage=getattr(build.target(config["deepspeed"], "deepspeed"), "stage", None),
+        ranks=ranks,
+        micro_batch=micro_batch,
+        row_bytes=two.activations + two.logits - one.activations - one.logits,
+        seq_len=seq_len,
+        rows=rows,
+        steps=steps,
+        tokens=steps * train["global_batch_tokens"],
+    )
+
+
+def tokens_per_second(plan: Plan, wanted: dict) -> float | None:
+    """The rate of all ranks together: the measured one, or peak * MFU of the named device.
+
+    wanted: the plan section of the configuration.
+    """
+    if wanted["device_name"] is None:
+        return wanted["tokens_per_second"]
+    peak = accounting.peak_flops(wanted["device_name"])
+    if peak is None:
+        raise ValueError(
+            f"plan.device_name: {wanted['device_name']!r} is not in the table of bf16 peaks "
+            "(llmtrain/accounting.py), expected a name as torch.cuda.get_device_name() gives it; "
+            "set plan.tokens_per_second instead"
+        )
+    return plan.ranks * peak * wanted["mfu"] / plan.train_flops
+
+
+def describe(plan: Plan, rate: float | None = None) -> str:
+    """The plan as text; rate: tokens per second of all ranks, for the hours."""
+    total = plan.parameters["total"]
+    lines = ["parameters"]
+    for name, count in plan.parameters.items():
+        if count:
+            lines.append(f"  {name:<12}{count:>16,}  {100 * count / total:5.1f} %")
+    lines += [
+        f"FLOPs per token, rows of {plan.seq_len} tokens",
+        f"  forward     {plan.flops:>16.4g}",
+        f"  training    {plan.train_flops:>16.4g}  (three times the forward pass)",
+        f"  whole run   {plan.train_flops * plan.tokens:>16.4g}",
+        "state of one generated row (bfloat16)",
+        *(f"  {length:>8} tokens {size:>13,} bytes" for length, size in plan.state_bytes.items()),
+        f"memory of each of {plan.ranks} ranks, GiB, estimated; micro-batch of "
+        f"{plan.micro_batch} rows (one more: +{gib(plan.row_bytes).strip()})",
+        "  ZeRO   weights    grads    optimizer    activations  logits  total",
+    ]
+    for stage, m in plan.memory.items():
+        lines.append(
+            f"  {stage}{'*' if stage == plan.stage else ' '}   {gib(m.parameters + m.master)} "
+            f"{gib(m.gradients)}    {gib(m.optimizer)}     {gib(m.activations)}   {gib(m.logits)} "
+            f"{gib(m.total)}"
+        )
+    lines += [
+        f"run: {plan.steps:,} steps of {plan.rows} rows = {plan.tokens:,} tokens, "
+        f"{plan.tokens / total:.1f} a parameter",
+    ]
+    if rate is not None:
+        lines.append(f"hours: {plan.tokens / rate / 3600:.2f} at {rate:,.0f} tokens/s")
+    return "\n".join(lines)
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:8.3f}"

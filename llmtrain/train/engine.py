@@ -1,0 +1,231 @@
+"""The engine: forward, backward and optimizer step under DeepSpeed. No other file imports it.
+
+What DeepSpeed does: divide state among ranks and sum gradients over them. What is done here:
+
+    loss        sum over all tokens of the step / their number, over ranks and micro-batches
+    norm        of that loss's gradient over all parameters, before clipping
+    clipping    g * min(1, grad_clip / (norm + 1e-6))
+    skipping    a step whose loss or norm is not finite changes nothing, on every rank alike
+
+One small all-reduce a step carries the sums, the norm and the stop request. Its results stay on
+the device: clipping factor and skip flag go into the fused AdamW kernel, and the host reads them
+one step later, so that a step never waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llmtrain.train.distributed import TIMEOUT, World
+from llmtrain.train.module import SUMS, MicroBatch, TrainModule
+from llmtrain.train.partitions import FlatPartitions, Fragment, Replicated, WeightPartitions
+from llmtrain.train.zero import Zero0, deepspeed_config
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a step did, over all ranks.
+
+    loss, ce: nats per token (loss with its auxiliary terms); grad_norm: before clipping;
+    tokens, text_bytes: of the targets that counted; applied: False when it was skipped.
+    """
+
+    loss: float
+    ce: float
+    grad_norm: float
+    tokens: float
+    text_bytes: float
+    applied: bool
+    stop: bool
+    aux: dict[str, float]
+
+    @property
+    def bits_per_byte(self) -> float:
+        return bits_per_byte(self.ce * self.tokens, self.text_bytes)
+
+
+def bits_per_byte(nats: float, text_bytes: float) -> float:
+    return nats / math.log(2) / text_bytes if text_bytes else math.nan
+
+
+class Pending:
+    """The result of a step that the device may still be computing."""
+
+    def __init__(self, totals: Tensor, aux_names: list[str], ranks: int):
+        self.aux_names, self.ranks = aux_names, ranks
+        if totals.is_cuda:
+            self.host = torch.empty(totals.shape, dtype=totals.dtype, pin_memory=True)
+            self.host.copy_(totals, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+        else:
+            self.host, self.event = totals, None
+
+    def read(self) -> StepResult:
+        """Wait for the device and give the result."""
+        if self.event is not None:
+            self.event.synchronize()
+        loss, ce, tokens, text_bytes, norm, applied, stop, *aux = self.host.tolist()
+        tokens = max(tokens, 1e-30)
+        return StepResult(
+            loss=loss / tokens,
+            ce=ce / tokens,
+            grad_norm=norm,
+            tokens=tokens,
+            text_bytes=text_bytes,
+            applied=bool(applied),
+            stop=bool(stop),
+            aux={name: value / self.ranks for name, value in zip(self.aux_names, aux)},
+        )
+
+
+def load_deepspeed(device: torch.device) -> ModuleType:
+    """Import DeepSpeed for this kind of device (it looks once, at its import)."""
+    os.environ["DS_ACCELERATOR"] = device.type
+    # DeepSpeed calls collectives by names that torch >= 2.13 announces to rename.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    import deepspeed
+    import deepspeed.ops
+
+    # The shared-memory collectives act only under DeepSpeed's own launcher (it sets LOCAL_SIZE),
+    # but would be compiled by every CPU run: half a minute, and a C++ compiler as a requirement.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+class Engine:
+    """One model in training on this rank.
+
+    step_tokens: tokens of a full global batch; grad_clip: None for no clipping. The optimizer is
+    built over the module's own parameters, before any of this.
+    """
+
+    def __init__(
+        self,
+        module: TrainModule,
+        optimizer: torch.optim.AdamW,
+        *,
+        zero: Zero0,
+        world: World,
+        device: torch.device,
+        micro_batch: int,
+        step_tokens: int,
+        grad_clip: float | None,
+    ):
+        deepspeed = load_deepspeed(device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        deepspeed.init_distributed(BACKENDS[device.type], timeout=TIMEOUT, verbose=False)
+        self.config = deepspeed_config(zero, micro_batch=micro_batch, world_size=world.size)
+        self.world, self.device = world, device
+        self.step_tokens, self.grad_clip = step_tokens, grad_clip
+        self.adam = optimizer
+        self.engine, wrapped, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=self.config
+        )
+        if zero.stage == 0:
+            # Nothing to sum: spare the copy of all gradients.
+            self.engine.enable_backward_allreduce = world.size > 1
+            self.parts = Replicated(module, optimizer, world.rank, world.size)
+        elif zero.stage == 3:
+            self.parts = WeightPartitions(module, wrapped, world.rank)
+        else:
+            self.parts = FlatPartitions(module, wrapped)
+        self.module = module
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device)
+        self.aux: dict[str, Tensor] = {}
+        self.micro_steps = 0
+
+    def accumulate(self, micro: MicroBatch, *, last: bool) -> None:
+        """Forward and backward of one micro-batch. last: of the step, so that ranks then sum."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        loss_sum, sums, aux = self.engine(micro)
+        # DeepSpeed averages over ranks, hence their number. The true number of tokens is known
+        # only after the step's all-reduce; update() corrects for it.
+        scaled = loss_sum * (self.world.size / self.step_tokens)
+        self.engine.backward(scaled, scale_wrt_gas=False)
+        self.sums += sums
+        for name, value in aux.items():
+            value = value.to(torch.float64)
+            self.aux[name] = self.aux[name] + value if name in self.aux else value
+        self.micro_steps += 1
+
+    @torch.no_grad()
+    def update(self, lr: float, *, stop: bool = False) -> Pending:
+        """The optimizer step. stop: this rank was asked to stop; any rank's request counts."""
+        names = sorted(self.aux)
+        aux = [self.aux[name] / self.micro_steps for name in names]
+        square = torch.nn.utils.get_total_norm(self.parts.gradients()).to(torch.float64).square()
+        flag = torch.full_like(square, float(stop))
+        own = torch.stack([square.to(self.device), flag.to(self.device), *aux])
+        totals = torch.cat([self.sums, own])
+        self.all_reduce(totals)
+        loss, tokens, square = totals[0], totals[SUMS.index("weight")], totals[len(SUMS)]
+        correction = self.step_tokens / tokens
+        norm = square.sqrt() * correction
+        finite = norm.isfinite() & loss.isfinite()
+        scale = torch.ones_like(norm)
+        if self.grad_clip is not None:
+            scale = ((norm + 1e-6) / self.grad_clip).clamp(min=1.0)
+        # Read by torch's fused kernel: gradients are divided by grad_scale, and nothing is
+        # updated, the step count included, when found_inf is 1.
+        self.adam.grad_scale = (scale / correction).to(torch.float32)
+        self.adam.found_inf = (~finite).to(torch.float32)
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        self.parts.stepped()
+        head, tail = totals[: len(SUMS)], totals[len(SUMS) + 1 :]
+        result = torch.cat([head, torch.stack([norm, finite.to(norm.dtype)]), tail])
+        self.begin_step()
+        return Pending(result, names, self.world.size)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[MicroBatch]) -> dict[str, float]:
+        """Sums over the tokens of all ranks' batches; every rank gives equally many batches."""
+        self.module.eval()
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device)
+        for micro in batches:
+            sums += self.engine(micro)[1]
+        self.module.train()
+        self.all_reduce(sums)
+        return dict(zip(SUMS, sums.tolist()))
+
+    def all_reduce(self, values: Tensor) -> None:
+        if self.world.size > 1:
+            dist.all_reduce(values)
+
+    def optimizer_steps(self) -> int:
+        """Updates applied so far: the step count of AdamW's bias correction."""
+        return int(self.parts.states[0]["step"].item())
+
+    def fragments(self) -> list[Fragment]:
+        """This rank's share of a checkpoint."""
+        return self.parts.to_save()
+
+    def to_load(self) -> list[Fragment]:
+        """What this rank needs of a checkpoint: views to be written, then loaded() be called."""
+        return self.parts.to_load()
+
+    def loaded(self, optimizer_steps: int) -> None:
+        for state in self.parts.states:
+            state["step"].fill_(optimizer_steps)
+        self.parts.loaded()
+
+    def close(self) -> None:
+        """Release DeepSpeed's hooks; without it ranks may abort at exit."""
+        self.engine.destroy()

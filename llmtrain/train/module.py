@@ -1,0 +1,70 @@
+"""TrainModule: the model and its objective as one module, from a micro-batch to a loss.
+
+It is what DeepSpeed wraps and torch.compile sees. Its sums are over the tokens of the micro-batch;
+the engine divides by the tokens of the whole step, so that every token of a step weighs the same,
+however ranks and micro-batches cut it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from llmtrain.context import SequenceContext
+
+# Order of the entries of MicroOutput.sums.
+SUMS = ("loss", "ce", "weight", "bytes")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """tokens_BT, targets_BT int64; weights_BT float32; all on the device of the model."""
+
+    tokens_BT: Tensor
+    targets_BT: Tensor
+    weights_BT: Tensor
+    ctx: SequenceContext
+
+
+class TrainModule(nn.Module):
+    """forward(micro) -> (loss_sum, sums, aux).
+
+    loss_sum: scalar with gradient, sum over the tokens. sums: float64 [len(SUMS)], detached:
+    loss, cross-entropy (nats), token weights, bytes of the target tokens. aux: detached scalars.
+    token_bytes: bytes of the text of each token id, [O].
+    """
+
+    def __init__(self, model: nn.Module, objective: nn.Module, token_bytes: Tensor):
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.register_buffer("token_bytes", token_bytes.to(torch.float32), persistent=False)
+        self.compute: Callable[..., tuple[Tensor, Tensor, dict[str, Tensor]]] = self.sum_losses
+
+    def sum_losses(
+        self, tokens_BT: Tensor, targets_BT: Tensor, weights_BT: Tensor, ctx: SequenceContext
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        out = self.objective(self.model, tokens_BT, targets_BT, weights_BT, ctx)
+        text_bytes = (self.token_bytes[targets_BT] * weights_BT).sum()
+        parts = (out.loss_sum, out.ce_sum, out.weight_sum, text_bytes)
+        sums = torch.stack([part.detach().to(torch.float64) for part in parts])
+        aux = {name: value.detach() for name, value in out.aux.items()}
+        return out.loss_sum, sums, aux
+
+    def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        return self.compute(micro.tokens_BT, micro.targets_BT, micro.weights_BT, micro.ctx)
+
+    def compile_model(self) -> None:
+        """Let torch.compile take the whole computation as one graph.
+
+        Only the inner function, so that hooks around this module's call stay outside the graph.
+        """
+        self.compute = torch.compile(self.sum_losses, dynamic=False)
+
+    def compile_blocks(self) -> None:
+        """Let torch.compile take each block: equal blocks share their code, so it starts sooner."""
+        for block in self.model.stack.blocks:
+            block.compile(dynamic=False)

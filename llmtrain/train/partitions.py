@@ -1,0 +1,153 @@
+"""Which slice of every parameter this rank owns, at each ZeRO stage, as views one can copy into.
+
+DeepSpeed keeps weights and optimizer state in flat tensors of its own making. Here they become
+fragments: (parameter name, offset in the flattened parameter, views of that slice), the same at
+all stages, so that a checkpoint written at one stage and world size is read at any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+# What is kept of every parameter: the weight and AdamW's two moments.
+KINDS = ("param", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fragment:
+    """A slice of a flattened parameter. views: kind -> 1-D float32 view of the live tensor."""
+
+    name: str
+    offset: int
+    views: dict[str, Tensor]
+
+
+def create_state(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[str, Tensor]:
+    """The AdamW state of a tensor, made as torch would at the first step."""
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
+    return state
+
+
+class Replicated:
+    """Stage 0: plain parameters, equal on every rank. Rank r writes slice r of each."""
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.AdamW, rank: int, size: int):
+        self.names = {p: name for name, p in module.named_parameters()}
+        self.optimizer, self.rank, self.size = optimizer, rank, size
+        self.states = [create_state(optimizer, p) for p in self.names]
+
+    def gradients(self) -> list[Tensor]:
+        """The step's gradients; rank 0 counts them, since all ranks have the same."""
+        grads = [p.grad for p in self.names if p.grad is not None]
+        return grads if self.rank == 0 else []
+
+    def to_load(self) -> list[Fragment]:
+        fragments = []
+        for parameter, name in self.names.items():
+            state = self.optimizer.state[parameter]
+            tensors = (parameter.data, state["exp_avg"], state["exp_avg_sq"])
+            views = {kind: tensor.view(-1) for kind, tensor in zip(KINDS, tensors)}
+            fragments.append(Fragment(name=name, offset=0, views=views))
+        return fragments
+
+    def to_save(self) -> list[Fragment]:
+        fragments = []
+        for whole in self.to_load():
+            numel = whole.views["param"].numel()
+            start = numel * self.rank // self.size
+            end = numel * (self.rank + 1) // self.size
+            views = {kind: view[start:end] for kind, view in whole.views.items()}
+            fragments.append(Fragment(name=whole.name, offset=start, views=views))
+        return [f for f in fragments if f.views["param"].numel()]
+
+    def loaded(self) -> None:
+        """To be called after the views were written."""
+
+    def stepped(self) -> None:
+        """To be called after an optimizer step."""
+
+
+class FlatPartitions:
+    """Stages 1 and 2: each parameter group is one flat tensor, cut evenly among the ranks."""
+
+    def __init__(self, module: nn.Module, zero: object):
+        self.names = {p: name for name, p in module.named_parameters()}
+        self.zero = zero
+        flats = zero.single_partition_of_fp32_groups
+        self.states = [create_state(zero.optimizer, flat) for flat in flats]
+
+    def gradients(self) -> list[Tensor]:
+        """The step's gradients of what this rank owns, summed over ranks."""
+        return [grad for group in self.zero.averaged_gradients.values() for grad in group]
+
+    def to_load(self) -> list[Fragment]:
+        fragments = []
+        for parameter, name in self.names.items():
+            mapping = parameter._hp_mapping
+            if mapping is None:  # no part of it is in this rank's partition
+                continue
+            flat = self.zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            state = self.zero.optimizer.state[flat]
+            at = mapping.get_hp_fragment_address()
+            tensors = (flat.data, state["exp_avg"], state["exp_avg_sq"])
+            views = {kind: t.narrow(0, at.start, at.numel) for kind, t in zip(KINDS, tensors)}
+            offset = mapping.lp_fragment_address.start
+            fragments.append(Fragment(name=name, offset=offset, views=views))
+        return fragments
+
+    to_save = to_load
+
+    def loaded(self) -> None:
+        self.zero.update_lp_params()
+
+    def stepped(self) -> None:
+        pass
+
+
+class WeightPartitions:
+    """Stage 3: every parameter is cut evenly among the ranks, the last slice padded."""
+
+    def __init__(self, module: nn.Module, zero: object, rank: int):
+        self.names = {p: name for name, p in module.named_parameters()}
+        self.zero, self.rank = zero, rank
+        flats = zero.fp32_partitioned_groups_flat
+        self.states = [create_state(zero.optimizer, flat) for flat in flats]
+
+    def gradients(self) -> list[Tensor]:
+        """The step's gradients of what this rank owns, summed over ranks; padding is zero."""
+        return [grad for group in self.zero.averaged_gradients.values() for grad in group]
+
+    def to_load(self) -> list[Fragment]:
+        fragments = []
+        for parameter, name in self.names.items():
+            group, start, length = self.zero.grad_position[self.zero.get_param_id(parameter)]
+            offset = self.rank * length
+            valid = min(length, parameter.ds_numel - offset)
+            if valid <= 0:
+                continue
+            flat = self.zero.fp32_partitioned_groups_flat[group]
+            state = self.zero.optimizer.state[flat]
+            tensors = (flat.data, state["exp_avg"], state["exp_avg_sq"])
+            views = {kind: t.narrow(0, start, valid) for kind, t in zip(KINDS, tensors)}
+            fragments.append(Fragment(name=name, offset=offset, views=views))
+        return fragments
+
+    to_save = to_load
+
+    def loaded(self) -> None:
+        self.zero._partition_all_parameters()
+        for group in range(len(self.zero.fp16_groups)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        if self.zero.persistent_parameters:
+            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+
+    def stepped(self) -> None:
+        # A parameter that gets no gradient in the next step would keep this one's.
+        self.zero.grad_partitions_flat_buffer.zero_()

@@ -1,0 +1,186 @@
+"""What a model costs: parameters, FLOPs, bytes of state, memory of a training rank, and MFU.
+
+FLOPs: a multiply-add is 2; matrix products only (norms and activations are below a percent). The
+backward pass is twice the forward pass; recomputation by activation checkpointing is not counted.
+
+    MFU = train FLOPs per token * tokens per second / (devices * dense bf16 peak of the device)
+
+so that every mixer and every precision is measured against the same number. A device that is not
+in the table (any CPU too) has no MFU: a measured matmul rate would not be comparable.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass
+
+import torch
+
+from llmtrain.model.language_model import LanguageModel
+from llmtrain.model.linear import Linear
+
+PARTS = ("embedding", "position", "mixer", "channel", "norm", "head")
+FP32_BYTES = 4
+
+# Dense bf16 tensor-core peak in FLOP/s with float32 accumulation, from NVIDIA's data sheets and
+# architecture white papers (their figures with sparsity are twice these). First match wins.
+PEAK_BF16 = (
+    (r"GB[23]00", 2500e12),
+    (r"B[23]00", 2250e12),
+    (r"H[12]00 NVL", 835e12),
+    (r"H100 PCIe", 756e12),
+    (r"H100|H200|H800|GH200", 989e12),
+    (r"H20", 148e12),
+    (r"A100|A800", 312e12),
+    (r"A40", 149.7e12),
+    (r"A30", 165e12),
+    (r"A10", 125e12),
+    (r"L40S", 362e12),
+    (r"L4", 121e12),
+    (r"RTX 5090", 209.5e12),
+    (r"RTX 4090", 165.2e12),
+    (r"RTX 3090", 71e12),
+)
+
+
+def parameters_by_part(model: LanguageModel) -> dict[str, int]:
+    """Number of parameters of each part, in the order of PARTS, then "total". Works on meta."""
+    counts = Counter(dict.fromkeys(PARTS, 0))
+    for name, parameter in model.named_parameters():
+        counts[part_of(name)] += parameter.numel()
+    return {**counts, "total": counts.total()}
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter belongs to: "stack.blocks.3.norm1.weight" -> "norm"."""
+    top, *rest = name.split(".")
+    part = rest[2] if top == "stack" else top
+    return part.rstrip("12")
+
+
+def flops_per_token(model: LanguageModel, tokens: int) -> float:
+    """Forward FLOPs per token in rows of that many tokens, padding rows of the head included."""
+    return model.flops_per_token(tokens)
+
+
+def train_flops_per_token(model: LanguageModel, tokens: int) -> float:
+    """Forward and backward FLOPs per token in rows of that many tokens."""
+    return 3.0 * flops_per_token(model, tokens)
+
+
+def state_bytes(model: LanguageModel, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes that generation keeps for one row of that many tokens."""
+    return model.stack.state_bytes(tokens, dtype)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 FLOP/s of a device as torch.cuda.get_device_name() calls it, None if unknown."""
+    for pattern, peak in PEAK_BF16:
+        if re.search(rf"\b({pattern})\b", device_name):
+            return peak
+    return None
+
+
+def mfu(
+    tokens_per_second: float, train_flops_per_token: float, device_name: str, devices: int = 1
+) -> float | None:
+    """Model FLOP utilisation between 0 and 1, None for a device of unknown peak."""
+    peak = peak_flops(device_name)
+    if peak is None:
+        return None
+    return tokens_per_second * train_flops_per_token / (devices * peak)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes of one rank at the fullest moment of a training step.
+
+    parameters: what the forward pass reads; master: the copy that the optimizer steps;
+    buffers: communication; activations: kept for the backward pass, with the weights in compute
+    dtype; logits: head and loss; step: temporary in the optimizer step, when activations are gone.
+    """
+
+    parameters: int
+    master: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    activations: int
+    logits: int
+    step: int
+
+    @property
+    def total(self) -> int:
+        backward, step = self.activations + self.logits, self.step
+        return sum(asdict(self).values()) - min(backward, step)
+
+
+def memory_per_rank(
+    model: LanguageModel,
+    *,
+    stage: int,
+    world_size: int,
+    micro_batch: int,
+    seq_len: int,
+    activation_checkpointing: str = "none",
+    compiled: bool = False,
+    chunk_tokens: int | None = None,
+    bucket_elements: int = 0,
+    live_parameters: int = 1_000_000_000,
+) -> MemoryEstimate:
+    """Estimate for float32 parameters, gradients and AdamW under DeepSpeed (read in 0.19.8).
+
+    N parameters, W ranks. Stages 1 to 3 step a float32 copy of the rank's N/W parameters, though
+    the parameters are float32 already (stage 3 means not to, but compares a torch.device with a
+    string), and gather the gradients into a second flat buffer for the step. Stage 1 keeps whole
+    gradients until then, 2 and 3 only those of the rank; 3 splits the parameters too, and gathers
+    at most live_parameters of them (stage3_max_live_parameters).
+
+    bucket_elements: communication buffers altogether (reduce_bucket_size, twice with overlap_comm).
+    chunk_tokens: the objective's. Works on meta.
+    """
+    if stage not in range(4):
+        raise ValueError(f"memory: got ZeRO stage {stage}, expected 0, 1, 2 or 3; set deepspeed")
+    count = sum(p.numel() for p in model.parameters())
+    whole, shard = FP32_BYTES * count, FP32_BYTES * -(-count // world_size)
+    gathered = FP32_BYTES * min(count, live_parameters)
+    tokens = micro_batch * seq_len
+    return MemoryEstimate(
+        parameters=whole if stage < 3 else shard + gathered,
+        master=shard if stage > 0 else 0,
+        gradients=whole if stage < 2 else shard,
+        optimizer=2 * (whole if stage == 0 else shard),
+        buffers=FP32_BYTES * bucket_elements,
+        activations=activation_bytes(model, tokens, activation_checkpointing),
+        logits=logits_bytes(model, tokens, compiled=compiled, chunk_tokens=chunk_tokens),
+        step=shard if stage > 0 else 0,
+    )
+
+
+def activation_bytes(model: LanguageModel, tokens: int, activation_checkpointing: str) -> int:
+    """Bytes kept for the backward pass of that many tokens, without head and loss.
+
+    Inputs and outputs of every linear layer are counted, which stands for what lies between them
+    too (queries, gates, norms); in half precision also the weights' copies in that dtype.
+    """
+    size = model.compute_dtype.itemsize
+    per_application = []
+    for block in model.stack.applications:
+        linears = [m for m in block.modules() if isinstance(m, Linear)]
+        values = sum(m.in_features + m.out_features for m in linears) * tokens
+        weights = sum(m.weight.numel() for m in linears) if size < FP32_BYTES else 0
+        per_application.append(size * (values + weights))
+    if activation_checkpointing == "none":
+        return sum(per_application)
+    inputs = size * tokens * model.embedding.weight.shape[1] * len(per_application)
+    return inputs + max(per_application)
+
+
+def logits_bytes(
+    model: LanguageModel, tokens: int, *, compiled: bool, chunk_tokens: int | None
+) -> int:
+    """Logits and their gradient in compute dtype; eager, also three float32 copies in the loss."""
+    size = model.compute_dtype.itemsize
+    rows = min(tokens, chunk_tokens or tokens)
+    return rows * model.padded_vocab_size * (2 * size + (0 if compiled else 3 * FP32_BYTES))

@@ -1,0 +1,97 @@
+"""A second mixer family for tests: a leaky running mean with a state, unlike attention."""
+
+import pytest
+import torch
+
+from llmtrain.channels.mlp import Relu2, SwiGLU
+from llmtrain.mixers.base import Mixer
+from llmtrain.model.block import Block
+from llmtrain.model.embedding import Embedding
+from llmtrain.model.init import depth_std, initialise
+from llmtrain.model.language_model import LanguageModel
+from llmtrain.model.linear import Linear
+from llmtrain.model.norm import RMSNorm
+from llmtrain.model.stack import Stack
+
+
+class Leaky(Mixer):
+    """s_t = decay * s_(t-1) + x_t inside a document; y = W s."""
+
+    def __init__(self, d_model, *, layer_idx, n_layers, decay=0.7):
+        super().__init__()
+        self.d_model, self.decay = d_model, decay
+        self.out = Linear(d_model, d_model, init_std=depth_std(0.1, n_layers))
+
+    def forward(self, x_BTD, ctx, state=None):
+        s_BD = x_BTD.new_zeros(x_BTD.shape[0], self.d_model) if state is None else state["s"]
+        outputs = []
+        for t in range(x_BTD.shape[1]):
+            if ctx.doc_ids_BT is not None and t > 0:
+                same_B = ctx.doc_ids_BT[:, t] == ctx.doc_ids_BT[:, t - 1]
+                s_BD = torch.where(same_B[:, None], s_BD, 0)
+            s_BD = self.decay * s_BD + x_BTD[:, t]
+            outputs.append(s_BD)
+        y_BTD = self.out(torch.stack(outputs, dim=1))
+        return y_BTD, None if state is None else {"s": s_BD}
+
+    def init_state(self, batch, *, max_tokens, device, dtype):
+        return {"s": torch.zeros(batch, self.d_model, device=device, dtype=dtype)}
+
+    def step(self, x_BD, ctx, state):
+        s_BD = self.decay * state["s"] + x_BD
+        return self.out(s_BD), {"s": s_BD}
+
+    def flops_per_token(self, tokens):
+        return self.out.flops_per_token()
+
+    def state_bytes(self, tokens, dtype=torch.bfloat16):
+        return self.d_model * dtype.itemsize
+
+
+class NoPosition(torch.nn.Module):
+    def add(self, x_BTD, ctx):
+        return x_BTD
+
+    def rotary(self, ctx):
+        return None
+
+
+@pytest.fixture
+def make_blocks():
+    """make_blocks(n): n blocks of the leaky mixer."""
+
+    def make(n, *, d_model=16, norm_position="pre", activation_l1=None):
+        blocks = []
+        for i in range(n):
+            facts = {"layer_idx": i, "n_layers": n}
+            channel = (
+                SwiGLU(d_model, hidden=24, init_std=0.1, **facts)
+                if activation_l1 is None
+                else Relu2(d_model, hidden=24, init_std=0.1, activation_l1=activation_l1, **facts)
+            )
+            norms = RMSNorm(d_model), RMSNorm(d_model)
+            mixer = Leaky(d_model, **facts)
+            blocks.append(Block(mixer, channel, *norms, norm_position=norm_position))
+        return blocks
+
+    return make
+
+
+@pytest.fixture
+def make_model(make_blocks):
+    """make_model(): a float64 model of leaky blocks, 19 tokens in 24 rows."""
+
+    def make(n=3, *, tied=True, dtype=torch.float64, seed=0, stack=None, **blocks):
+        model = LanguageModel(
+            embedding=Embedding(16, vocab_size=24, tied=tied, init_std=0.2),
+            position=NoPosition(),
+            stack=Stack(make_blocks(n, **blocks), **(stack or {})),
+            norm=RMSNorm(16),
+            vocab_size=19,
+            padded_vocab_size=24,
+            compute_dtype=dtype,
+        )
+        initialise(model, seed)
+        return model.to(dtype)
+
+    return make

@@ -1,0 +1,45 @@
+import copy
+
+import torch
+
+from llmtrain.model.embedding import Embedding, TiedHead
+
+
+def test_scale_multiplies_the_lookup_only():
+    plain, scaled = Embedding(8, vocab_size=5), Embedding(8, vocab_size=5, scale=3.0)
+    plain.reset_parameters()
+    scaled.load_state_dict(plain.state_dict())
+    tokens = torch.tensor([[4, 0, 2]])
+    torch.testing.assert_close(scaled(tokens), 3 * plain.weight[tokens])
+    hidden = torch.randn(1, 3, 8)
+    assert torch.equal(TiedHead(scaled)(hidden), TiedHead(plain)(hidden))
+
+
+def test_tied_weight_has_one_owner_and_both_gradients(make_model):
+    model = make_model(tied=True)
+    names = [n for n, _ in model.named_parameters() if "embedding" in n or "head" in n]
+    assert names == ["embedding.weight"]
+    assert [k for k in model.state_dict() if "embedding" in k or "head" in k] == names
+    hidden = torch.randn(1, 4, 16, dtype=torch.float64)
+    model.head(hidden).sum().backward()
+    # the head alone reaches every row, also rows that were never looked up
+    torch.testing.assert_close(model.embedding.weight.grad, hidden.sum((0, 1)).expand(24, 16))
+
+
+def test_stays_tied_through_moves_and_copies(make_model):
+    model = make_model(tied=True)
+    hidden = torch.randn(1, 4, 16)
+    for moved in (
+        copy.deepcopy(model).float(),
+        copy.deepcopy(model).to("meta").to_empty(device="cpu"),
+    ):
+        moved = moved.float()
+        with torch.no_grad():
+            moved.embedding.weight.fill_(0.5)
+        torch.testing.assert_close(moved.head(hidden)[..., 0], 0.5 * hidden.sum(-1))
+
+
+def test_untied_head_is_its_own_parameter(make_model):
+    model = make_model(tied=False)
+    assert model.head.weight.shape == model.embedding.weight.shape == (24, 16)
+    assert not torch.equal(model.head.weight, model.embedding.weight)

@@ -158,7 +158,7 @@ class CheckpointWriter:
         """An empty folder to write into; leftovers of interrupted saves go."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(".tmp-*"):
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         temporary.mkdir()
 
     def commit(self, temporary: Path, step: int, files: dict[str, dict], trainer: dict) -> None:
@@ -182,13 +182,7 @@ class CheckpointWriter:
         write_text(temporary / "manifest.json", manifest.to_json())
         sync_folder(temporary)
         final = self.folder / step_name(step)
-        if final.exists():  # the run came by this step before
-            replaced = self.folder / f".tmp-replaced-{final.name}"
-            final.rename(replaced)
-            temporary.rename(final)
-            shutil.rmtree(replaced)
-        else:
-            temporary.rename(final)
+        temporary.rename(final)
         sync_folder(self.folder)
         pointer = self.folder / ".tmp-latest"
         write_text(pointer, final.name + "\n")

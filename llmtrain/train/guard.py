@@ -1,0 +1,59 @@
+"""When to stop: a signal asks for it, or too many steps in a row could not be applied."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType, TracebackType
+
+# Slurm's --signal=USR2@300, its SIGTERM before a kill, and Ctrl-C. Not USR1: NCCL may catch it.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+
+
+class StopRequest:
+    """Within this context a signal sets `requested` instead of ending the process.
+
+    A second Ctrl-C interrupts at once.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self.previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in SIGNALS:
+            self.previous[number] = signal.signal(number, self.handle)
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.requested:
+            raise KeyboardInterrupt
+        self.requested = signal.Signals(number).name
+
+
+class SkipGuard:
+    """Counts steps that were not applied; ValueError after `limit` of them in a row."""
+
+    def __init__(self, limit: int, skipped: int = 0):
+        self.limit, self.skipped = limit, skipped
+        self.in_a_row = 0
+
+    def saw(self, step: int, applied: bool) -> None:
+        if applied:
+            self.in_a_row = 0
+            return
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.in_a_row >= self.limit:
+            raise ValueError(
+                f"training: the last {self.in_a_row} steps (up to step {step}) were skipped, their "
+                f"loss or gradient was not finite; expected fewer than train.max_skipped="
+                f"{self.limit}. Weights are as after step {step - self.in_a_row}. ledger.jsonl has "
+                "every step; lower optimizer.lr or train.grad_clip, or look at the data of the "
+                "samples named there, and continue from a checkpoint with train.resume=<folder>"
+            )

@@ -24,8 +24,8 @@ from llmtrain.model.language_model import LanguageModel
 # A configuration may come with a downloaded checkpoint, so `_target_` can only name our own parts.
 ALLOWED = ("llmtrain.", "llmtrain_data.")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# Knobs of the stack that say how blocks are made; its other knobs go to the stack itself.
-BLOCK_KNOBS = ("pattern", "norm_position")
+# Knobs of the stack that say how blocks are made, with their types; its others go to the stack.
+BLOCK_KNOBS = {"pattern": str | list[str], "norm_position": str}
 
 
 def target(node: dict, where: str) -> Callable[..., Any]:
@@ -123,6 +123,11 @@ def layer_letters(config: dict) -> list[str]:
     return letters
 
 
+def stack_node(config: dict) -> dict:
+    """The stack's node without the knobs that are used here."""
+    return {key: value for key, value in config["stack"].items() if key not in BLOCK_KNOBS}
+
+
 def head_dim(config: dict) -> int:
     """Width of a head. ValueError when d_model does not divide into n_heads."""
     model = config["model"]
@@ -150,7 +155,7 @@ def padded_vocab_size(config: dict, vocab_size: int) -> int:
 
 def configured_vocab_size(config: dict) -> int:
     """Tokens of the vocabulary as far as the configuration alone tells: for plans and checks."""
-    return config["model"]["vocab_size"] or config["tokenizer"]["vocab_size"]
+    return config["tokenizer"].get("vocab_size") or config["model"]["vocab_size"]
 
 
 def build_model(
@@ -185,7 +190,6 @@ def build_model(
 
     with torch.device("meta" if torch.device(device).type == "meta" else "cpu"):
         blocks = [block(i, letter) for i, letter in enumerate(layer_letters(config))]
-        stack_node = {k: v for k, v in config["stack"].items() if k not in BLOCK_KNOBS}
         model = LanguageModel(
             embedding=part(
                 config["embedding"], label(config, "embedding"), d_model, vocab_size=rows
@@ -197,7 +201,7 @@ def build_model(
                 max_seq_len=sizes["max_seq_len"],
                 head_dim=rotary_head_dim(config, [b.mixer for b in blocks]),
             ),
-            stack=part(stack_node, label(config, "stack"), blocks),
+            stack=part(stack_node(config), label(config, "stack"), blocks),
             norm=norm(),
             vocab_size=vocab_size,
             padded_vocab_size=rows,

@@ -5,7 +5,6 @@ Heavy imports stand in the functions: `llmtrain --help` and a mistyped key answe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -34,19 +34,18 @@ def compose(
     found, typed = groups.options(config_dirs), groups.parse(overrides)
     check_overrides(command, typed, found, config_dirs)
     raw, choices = hydra_compose(command, overrides, config_dirs)
-    missing = sorted(OmegaConf.missing_keys(raw))
-    if missing:
-        raise ValueError(
-            f"{missing[0]}: no value, expected one on the command line; "
-            f"add {missing[0]}=... (see `llmtrain {command} --help`)"
-        )
     try:
         resolved = OmegaConf.to_container(raw, resolve=True)
     except OmegaConfBaseException as error:
         raise ValueError(
-            f"{error.full_key}: {str(error).splitlines()[0]}; fix the ${{...}} in its YAML file "
-            "or override"
+            f"{error.full_key}: {str(error).splitlines()[0]}, expected a key of the "
+            "configuration in ${...}; fix it in the YAML file or override"
         ) from error
+    for missing in sorted(OmegaConf.missing_keys(raw)):
+        raise ValueError(
+            f"{missing}: no value, expected one on the command line; add {missing}=... "
+            f"(see `llmtrain {command} --help`)"
+        )
     config = {**resolved, "choices": choices, "overrides": list(overrides)}
     validate(command, config, OmegaConf.to_container(raw, resolve=False), typed)
     return config
@@ -82,7 +81,8 @@ def hydra_compose(
         with hydra.initialize_config_dir(str(groups.config_root()), version_base="1.3"):
             config = hydra.compose(command, [*overrides, *extra], return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(f"llmtrain {command}: {str(error).strip()}") from error
+        lines = [line.strip() for line in str(error).strip().splitlines()]
+        raise ValueError(f"llmtrain {command}: {'; '.join(filter(None, lines))}") from error
     choices = {
         group: option
         for group, option in config.hydra.runtime.choices.items()

@@ -7,7 +7,7 @@ device's bf16 peak times an assumed MFU.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 
 from llmtrain import accounting, build
 from llmtrain.accounting import MemoryEstimate
@@ -115,6 +115,7 @@ def tokens_per_second(plan: Plan, wanted: dict) -> float | None:
 def describe(plan: Plan, rate: float | None = None) -> str:
     """The plan as text; rate: tokens per second of all ranks, for the hours."""
     total = plan.parameters["total"]
+    names = [*(field.name for field in fields(MemoryEstimate)), "total"]
     lines = ["parameters"]
     for name, count in plan.parameters.items():
         if count:
@@ -127,15 +128,15 @@ def describe(plan: Plan, rate: float | None = None) -> str:
         "state of one generated row (bfloat16)",
         *(f"  {length:>8} tokens {size:>13,} bytes" for length, size in plan.state_bytes.items()),
         f"memory of each of {plan.ranks} ranks, GiB, estimated; micro-batch of "
-        f"{plan.micro_batch} rows (one more: +{gib(plan.row_bytes).strip()})",
-        "  ZeRO   weights    grads    optimizer    activations  logits  total",
+        f"{plan.micro_batch} rows (one more: +{gib(plan.row_bytes)})",
+        "  ZeRO"
+        + "".join(f"{field.name:>12}" for field in fields(MemoryEstimate))
+        + "       total",
     ]
-    for stage, m in plan.memory.items():
-        lines.append(
-            f"  {stage}{'*' if stage == plan.stage else ' '}   {gib(m.parameters + m.master)} "
-            f"{gib(m.gradients)}    {gib(m.optimizer)}     {gib(m.activations)}   {gib(m.logits)} "
-            f"{gib(m.total)}"
-        )
+    for stage, estimate in plan.memory.items():
+        sizes = [*asdict(estimate).values(), estimate.total]
+        mark = "*" if stage == plan.stage else " "
+        lines.append(f"  {stage}{mark}  " + "".join(f"{gib(size):>12}" for size in sizes))
     lines += [
         f"run: {plan.steps:,} steps of {plan.rows} rows = {plan.tokens:,} tokens, "
         f"{plan.tokens / total:.1f} a parameter",
@@ -146,4 +147,5 @@ def describe(plan: Plan, rate: float | None = None) -> str:
 
 
 def gib(size: int) -> str:
-    return f"{size / 2**30:8.3f}"
+    """Bytes as a number of GiB."""
+    return f"{size / 2**30:.3f}"

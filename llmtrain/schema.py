@@ -197,5 +197,9 @@ def check_type(value: object, annotation: object, place: str) -> None:
     """ValueError when the value is not of the type."""
     if not fits(value, annotation):
         kind = "null" if value is None else f"{value!r} ({type(value).__name__})"
-        how = f"""'{place}="{value}"'""" if fits(str(value), annotation) else f"{place}=..."
+        how = f"{place}=..."
+        if fits(str(value), annotation):
+            how = f"""'{place}="{value}"'"""
+        elif isinstance(value, float) and value.is_integer():
+            how = f"{place}={int(value)}"
         raise ValueError(f"{place}: got {kind}, expected {describe(annotation)}; write {how}")

@@ -35,8 +35,10 @@ def validate(command: str, config: dict, raw: dict, typed: list[Override]) -> No
     if command == "eval":
         check_eval(config, typed)
         return
-    for place, node in parts(config):
+    for place, node in parts({**config, "stack": build.stack_node(config)}):
         check_part(node, build.label(config, place))
+    for key, kind in build.BLOCK_KNOBS.items():
+        schema.check_type(config["stack"][key], kind, f"stack.{key}")
     check_data(config, typed)
     if command == "prep":
         check_prep(typed)

@@ -1,0 +1,151 @@
+"""attention(): softmax attention over rows, packed documents or a key/value cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmtrain_kernels.attention.case import Case
+from llmtrain_kernels.attention.select import BACKENDS, announced
+
+
+@torch.compiler.assume_constant_result
+def resolve(
+    requested: str,
+    device: str,
+    index: int | None,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    k_width: int,
+    v_width: int,
+    causal: bool,
+    window: int | None,
+    documents: bool,
+    boundaries: bool,
+    cache: bool,
+    training: bool,
+) -> str:
+    """Name of the backend. Plain values in and out: under torch.compile it runs while tracing."""
+    capability = torch.cuda.get_device_capability(index) if device == "cuda" else None
+    case = Case(
+        device=device,
+        capability=capability,
+        dtype=dtype,
+        heads=heads,
+        kv_heads=kv_heads,
+        k_width=k_width,
+        v_width=v_width,
+        causal=causal,
+        window=window,
+        documents=documents,
+        boundaries=boundaries,
+        cache=cache,
+        training=training,
+    )
+    return announced(case, requested)
+
+
+def attention(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    scale: float | None = None,
+    doc_ids_BT: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    q_positions_BT: Tensor | None = None,
+    k_positions_BS: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """o_BTHV = softmax(scale q k^T) v over the visible keys, in q's dtype.
+
+    H is a multiple of G; query head h reads group h // (H / G). Without positions S = T, and key j
+    is visible to query i of the same row when j <= i (if causal), |i - j| < window (if given) and
+    doc_ids_BT[b, i] == doc_ids_BT[b, j] (if given). With positions, the same holds for them in
+    place of i and j, and a key position of -1 hides the key: an empty slot of a cache. Every query
+    must see at least one key.
+
+    scale: 1 / sqrt(K) if None.
+    doc_ids_BT: integers. cu_seqlens (int32 [N+1], over the flattened rows) and max_seqlen (host
+    int) say the same to kernels that take boundaries; give all three, as SequenceContext has them.
+    backend: auto, or a name of BACKENDS; a named one that cannot run the call raises ValueError.
+    """
+    documents, cache = doc_ids_BT is not None, k_positions_BS is not None
+    check(q_BTHK, k_BSGK, v_BSGV, window, documents, q_positions_BT is not None, cache)
+    boundaries = cu_seqlens is not None and max_seqlen is not None
+    if boundaries and not documents:
+        raise ValueError(
+            "attention: got cu_seqlens without doc_ids_BT, expected both; backends that take a "
+            "mask need the ids"
+        )
+    name = resolve(
+        backend,
+        q_BTHK.device.type,
+        q_BTHK.device.index,
+        q_BTHK.dtype,
+        q_BTHK.shape[2],
+        k_BSGK.shape[2],
+        q_BTHK.shape[3],
+        v_BSGV.shape[3],
+        causal,
+        window,
+        documents,
+        boundaries,
+        cache,
+        torch.is_grad_enabled() and q_BTHK.requires_grad,
+    )
+    return BACKENDS[name].run(
+        q_BTHK,
+        k_BSGK,
+        v_BSGV,
+        causal=causal,
+        window=window,
+        scale=scale,
+        doc_ids_BT=doc_ids_BT,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
+        q_positions_BT=q_positions_BT,
+        k_positions_BS=k_positions_BS,
+    )
+
+
+def check(
+    q_BTHK: Tensor,
+    k_BSGK: Tensor,
+    v_BSGV: Tensor,
+    window: int | None,
+    documents: bool,
+    q_positions: bool,
+    cache: bool,
+) -> None:
+    """ValueError when the arguments of attention() do not fit together."""
+    if k_BSGK.shape[2] != v_BSGV.shape[2] or q_BTHK.shape[2] % k_BSGK.shape[2]:
+        raise ValueError(
+            f"attention: got {q_BTHK.shape[2]} query heads, {k_BSGK.shape[2]} key and "
+            f"{v_BSGV.shape[2]} value groups, expected as many groups of both, dividing the heads; "
+            "set n_kv_heads to a divisor of n_heads"
+        )
+    if window is not None and window < 1:
+        raise ValueError(
+            f"attention: got window={window}, expected at least 1 (a token sees itself); "
+            "set window to null for no window"
+        )
+    if q_positions != cache:
+        raise ValueError(
+            "attention: got positions for only one of queries and keys, expected both or none; "
+            "give q_positions_BT and k_positions_BS together"
+        )
+    if cache and documents:
+        raise ValueError(
+            "attention: got positions and documents, expected one of them; a cache holds one "
+            "document a row"
+        )
+    if not cache and q_BTHK.shape[1] != k_BSGK.shape[1]:
+        raise ValueError(
+            f"attention: got {q_BTHK.shape[1]} queries and {k_BSGK.shape[1]} keys a row, expected "
+            "equal numbers; give q_positions_BT and k_positions_BS to read a cache"
+        )

@@ -1,0 +1,85 @@
+"""The choice of a backend: which one runs a case, and why.
+
+auto goes down the list of its situation and takes the first that can run it:
+
+    situation                                    order
+    reading a cache                              sdpa
+    CUDA, half precision, documents or window    varlen, flash_attn, flex, sdpa
+    everything else                              sdpa
+
+The last resort of the second row computes every hidden pair, as does sdpa on CUDA in float32 with
+documents or a window: such choices are logged as warnings.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from types import ModuleType
+from typing import NamedTuple
+
+from llmtrain_kernels.attention import flash_attn, flex, reference, sdpa, varlen
+from llmtrain_kernels.attention.case import Case
+
+log = logging.getLogger(__name__)
+
+BACKENDS: dict[str, ModuleType] = {
+    "reference": reference,
+    "sdpa": sdpa,
+    "varlen": varlen,
+    "flex": flex,
+    "flash_attn": flash_attn,
+}
+
+
+class Choice(NamedTuple):
+    """backend: a key of BACKENDS. slow: it computes much that the mask hides, on a GPU."""
+
+    backend: str
+    reason: str
+    slow: bool
+
+
+def select_backend(case: Case, requested: str = "auto") -> Choice:
+    """The backend that runs a case.
+
+    Raises ValueError when the requested one is unknown or cannot run it.
+    """
+    if requested != "auto":
+        if requested not in BACKENDS:
+            raise ValueError(
+                f"attention backend: got {requested!r}, expected auto or one of "
+                f"{', '.join(BACKENDS)}; set mixer.backend"
+            )
+        why_not = BACKENDS[requested].unsupported(case)
+        if why_not is not None:
+            raise ValueError(
+                f"attention backend={requested}: {why_not}; got {case.describe()}; "
+                "set mixer.backend=auto"
+            )
+        return Choice(requested, "asked for", slow=False)
+    sparse = not case.cache and (case.documents or case.window is not None)
+    if not sparse:
+        return Choice("sdpa", "a cache is a mask" if case.cache else "dense rows", slow=False)
+    if case.device != "cuda":
+        return Choice("sdpa", "only backend for training on this device", slow=False)
+    if not case.half_cuda:
+        return Choice(
+            "sdpa", "only backend for this dtype; train.precision=bf16 has faster ones", slow=True
+        )
+    reasons = []
+    for backend in ("varlen", "flash_attn", "flex"):
+        why_not = BACKENDS[backend].unsupported(case)
+        if why_not is None:
+            return Choice(backend, "; ".join(["skips hidden pairs", *reasons]), slow=False)
+        reasons.append(f"{backend} {why_not}")
+    return Choice("sdpa", "; ".join(reasons), slow=True)
+
+
+@functools.cache
+def announced(case: Case, requested: str) -> str:
+    """select_backend's name; the first time for a case, it is logged with its reason."""
+    choice = select_backend(case, requested)
+    level = logging.WARNING if choice.slow else logging.INFO
+    log.log(level, "attention: %s for %s (%s)", choice.backend, case.describe(), choice.reason)
+    return choice.backend

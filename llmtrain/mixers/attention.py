@@ -1,0 +1,216 @@
+"""Softmax attention: multi-head, multi-query and grouped-query, with an optional sliding window.
+
+    q_t = W_q x_t   k_t = W_k x_t   v_t = W_v x_t      split into H query heads and G groups
+    o_t = sum_{j <= t} softmax_j(scale q_t . k_j) v_j   j in t's document, t - j < window
+    y_t = W_o o_t
+
+Vaswani et al. 2017 (arXiv:1706.03762); G = 1: Shazeer 2019 (arXiv:1911.02150); 1 < G < H: Ainslie
+et al. 2023 (arXiv:2305.13245); window: Beltagy et al. 2020 (arXiv:2004.05150); qk_norm: an RMSNorm
+with a gain per channel over each head of q and k, before rotation (Dehghani et al. 2023,
+arXiv:2302.05442).
+
+Parameters: D (2 H + 2 G) K. FLOPs a token: 2 per weight, and 4 H K for each key that it sees: on
+average (T + 1) / 2 of them, fewer with a window. State: the last min(max_tokens, window) keys and
+values, a ring buffer in which the token at position p lies in slot p mod S.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from llmtrain_kernels.attention import BACKENDS, attention, visible_pairs
+from torch import Tensor
+
+from llmtrain.context import SequenceContext
+from llmtrain.mixers.base import Mixer, State
+from llmtrain.model.init import depth_std
+from llmtrain.model.linear import Linear
+from llmtrain.model.norm import RMSNorm
+from llmtrain.model.position import apply_rotary
+
+
+class Attention(Mixer):
+    """n_kv_heads: groups G, None for one a head. head_dim: K, None for d_model / n_heads.
+
+    window: keys a token sees, itself included; None for all before it. softmax_scale: None for
+    1 / sqrt(K). backend: of llmtrain_kernels.attention, for training and prefill; a cache is read
+    by the one that can, unless it is "reference".
+    """
+
+    uses_positions = True
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        layer_idx: int,
+        n_layers: int,
+        n_heads: int,
+        n_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        window: int | None = None,
+        qk_norm: bool = False,
+        bias: bool = False,
+        init_std: float = 0.02,
+        backend: str = "auto",
+        softmax_scale: float | None = None,
+    ):
+        super().__init__()
+        n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
+        if n_heads < 1 or n_kv_heads < 1 or n_heads % n_kv_heads:
+            raise ValueError(
+                f"attention: got n_heads={n_heads} and n_kv_heads={n_kv_heads}, expected positive "
+                "numbers, the second dividing the first; set mixer.n_heads or mixer.n_kv_heads"
+            )
+        if head_dim is None and d_model % n_heads:
+            raise ValueError(
+                f"attention: got d_model={d_model} and n_heads={n_heads}, expected a multiple; "
+                "set mixer.head_dim, or change one of the two"
+            )
+        if window is not None and window < 1:
+            raise ValueError(
+                f"attention: got window={window}, expected at least 1 (a token sees itself) or "
+                "null for no window; set mixer.window"
+            )
+        if backend not in ("auto", *BACKENDS):
+            raise ValueError(
+                f"attention: got backend={backend!r}, expected auto or one of "
+                f"{', '.join(BACKENDS)}; set mixer.backend"
+            )
+        self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
+        self.head_dim = d_model // n_heads if head_dim is None else head_dim
+        self.window, self.softmax_scale, self.backend = window, softmax_scale, backend
+        heads, groups = n_heads * self.head_dim, n_kv_heads * self.head_dim
+        self.q_proj = Linear(d_model, heads, bias=bias, init_std=init_std)
+        self.k_proj = Linear(d_model, groups, bias=bias, init_std=init_std)
+        self.v_proj = Linear(d_model, groups, bias=bias, init_std=init_std)
+        out_std = depth_std(init_std, n_layers)
+        self.out_proj = Linear(heads, d_model, bias=bias, init_std=out_std)
+        self.q_norm = RMSNorm(self.head_dim) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim) if qk_norm else None
+
+    def forward(
+        self, x_BTD: Tensor, ctx: SequenceContext, state: State | None = None
+    ) -> tuple[Tensor, State | None]:
+        """With a state: prefill. ValueError when it is asked of packed rows or the cache is full.
+
+        Only queries of this call see the given state's keys, so that a window's oldest keys can be
+        overwritten afterwards.
+        """
+        if state is not None:
+            self.check_room(ctx, state, tokens=x_BTD.shape[1])
+        q_BTHK, k_BTGK, v_BTGV = self.project(x_BTD, ctx)
+        if state is None or ctx.prefix_tokens == 0:
+            o_BTHV = attention(
+                q_BTHK,
+                k_BTGK,
+                v_BTGV,
+                window=self.window,
+                scale=self.softmax_scale,
+                doc_ids_BT=ctx.doc_ids_BT,
+                cu_seqlens=ctx.cu_seqlens,
+                max_seqlen=ctx.max_seqlen if ctx.cu_seqlens is not None else None,
+                backend=self.backend,
+            )
+        else:
+            o_BTHV = self.read_cache(
+                q_BTHK,
+                torch.cat([state["k"].to(k_BTGK.dtype), k_BTGK], dim=1),
+                torch.cat([state["v"].to(v_BTGV.dtype), v_BTGV], dim=1),
+                ctx.positions_BT,
+                torch.cat([state["positions"], ctx.positions_BT], dim=1),
+            )
+        if state is not None:
+            state = write_cache(state, k_BTGK, v_BTGV, ctx.positions_BT)
+        return self.out_proj(rearrange(o_BTHV, "b t h v -> b t (h v)")), state
+
+    def step(self, x_BD: Tensor, ctx: SequenceContext, state: State) -> tuple[Tensor, State]:
+        q_B1HK, k_B1GK, v_B1GV = self.project(x_BD[:, None], ctx)
+        state = write_cache(state, k_B1GK, v_B1GV, ctx.positions_BT)
+        k_BSGK, v_BSGV = state["k"].to(x_BD.dtype), state["v"].to(x_BD.dtype)
+        o_B1HV = self.read_cache(q_B1HK, k_BSGK, v_BSGV, ctx.positions_BT, state["positions"])
+        return self.out_proj(rearrange(o_B1HV, "b 1 h v -> b (h v)")), state
+
+    def project(self, x_BTD: Tensor, ctx: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values; queries and keys normalised and rotated."""
+        q_BTHK = rearrange(self.q_proj(x_BTD), "b t (h k) -> b t h k", h=self.n_heads)
+        k_BTGK = rearrange(self.k_proj(x_BTD), "b t (g k) -> b t g k", g=self.n_kv_heads)
+        v_BTGV = rearrange(self.v_proj(x_BTD), "b t (g v) -> b t g v", g=self.n_kv_heads)
+        if self.q_norm is not None:
+            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
+        if ctx.rotary is not None:
+            q_BTHK = apply_rotary(q_BTHK, ctx.rotary)
+            k_BTGK = apply_rotary(k_BTGK, ctx.rotary)
+        return q_BTHK, k_BTGK, v_BTGV
+
+    def read_cache(
+        self,
+        q_BTHK: Tensor,
+        k_BSGK: Tensor,
+        v_BSGV: Tensor,
+        q_positions_BT: Tensor,
+        k_positions_BS: Tensor,
+    ) -> Tensor:
+        """o_BTHV of queries and keys that carry their positions."""
+        return attention(
+            q_BTHK,
+            k_BSGK,
+            v_BSGV,
+            window=self.window,
+            scale=self.softmax_scale,
+            q_positions_BT=q_positions_BT,
+            k_positions_BS=k_positions_BS,
+            backend="reference" if self.backend == "reference" else "auto",
+        )
+
+    def init_state(
+        self, batch: int, *, max_tokens: int, device: torch.device | str, dtype: torch.dtype
+    ) -> State:
+        """k, v: [B, S, G, K]; positions: int64 [B, S], -1 for an empty slot. S: self.slots()."""
+        slots = self.slots(max_tokens)
+        shape = (batch, slots, self.n_kv_heads, self.head_dim)
+        return {
+            "k": torch.zeros(shape, device=device, dtype=dtype),
+            "v": torch.zeros(shape, device=device, dtype=dtype),
+            "positions": torch.full((batch, slots), -1, device=device),
+        }
+
+    def slots(self, max_tokens: int) -> int:
+        """Slots of a cache for rows of at most max_tokens: a window needs no more than its size."""
+        return max_tokens if self.window is None else min(max_tokens, self.window)
+
+    def check_room(self, ctx: SequenceContext, state: State, tokens: int) -> None:
+        """ValueError when a prefill does not fit its state."""
+        if not ctx.is_dense:
+            raise ValueError(
+                "attention: got a state together with packed documents, expected one document a "
+                "row; make the context with SequenceContext.dense"
+            )
+        slots, total = state["k"].shape[1], ctx.prefix_tokens + tokens
+        if total > slots and self.window != slots:
+            raise ValueError(
+                f"attention: got {total} tokens for a state of {slots}, expected at most its "
+                "max_tokens; make it with a larger init_state(max_tokens=...)"
+            )
+
+    def flops_per_token(self, tokens: int) -> float:
+        projections = (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
+        pairs = visible_pairs(tokens, window=self.window)
+        mixing = 4.0 * self.n_heads * self.head_dim * pairs / tokens
+        return sum(linear.flops_per_token() for linear in projections) + mixing
+
+    def state_bytes(self, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
+        kv_bytes = 2 * self.n_kv_heads * self.head_dim * dtype.itemsize
+        return self.slots(tokens) * (kv_bytes + torch.int64.itemsize)
+
+
+def write_cache(state: State, k_BTGK: Tensor, v_BTGV: Tensor, positions_BT: Tensor) -> State:
+    """Puts the newest S tokens into their slots, in place; the state's buffers live on."""
+    slots = state["k"].shape[1]
+    positions_BT = positions_BT[:, -slots:]
+    rows_B1 = torch.arange(positions_BT.shape[0], device=positions_BT.device)[:, None]
+    where = (rows_B1, positions_BT % slots)
+    state["k"][where] = k_BTGK[:, -slots:].to(state["k"].dtype)
+    state["v"][where] = v_BTGV[:, -slots:].to(state["v"].dtype)
+    state["positions"][where] = positions_BT
+    return state

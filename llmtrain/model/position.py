@@ -1,0 +1,178 @@
+"""Where a token is: added to its embedding, or rotated into queries and keys.
+
+    none        nothing; recurrent mixers know the order anyway
+    sinusoidal  x_t + [sin(t w_i), cos(t w_i)], w_i = 10000^(-2i/D)   Vaswani et al. 2017, sec. 3.5
+    learned     x_t + table[t]                                        Gehring et al. 2017
+    rope        pairs of q and k turned by t w_i                      Su et al. 2021, eq. 34
+
+Positions count within a document. A module either adds to x_BTD or hands out a Rotary, which
+rotary mixers apply. Frequencies live on the host and no buffer holds them, so a model made on the
+meta device has them too.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from llmtrain.context import Rotary, SequenceContext
+from llmtrain.model.embedding import Embedding
+from llmtrain.model.rope_scaling import attention_scale, inverse_frequencies
+
+
+class NoPosition(nn.Module):
+    """Adds nothing and rotates nothing; the base of the others."""
+
+    rotary_kind: ClassVar[bool] = False  # hands out a Rotary, which no mixer may ignore
+
+    def __init__(self, d_model: int, *, max_seq_len: int, head_dim: int):
+        super().__init__()
+        self.d_model, self.max_seq_len, self.head_dim = d_model, max_seq_len, head_dim
+
+    def add(self, x_BTD: Tensor, ctx: SequenceContext) -> Tensor:
+        """The embedded tokens with their positions added, in x's dtype."""
+        return x_BTD
+
+    def rotary(self, ctx: SequenceContext) -> Rotary | None:
+        """The angles of every token, for mixers with uses_positions; None if not rotary."""
+        return None
+
+
+class Sinusoidal(NoPosition):
+    """Fixed waves of D/2 frequencies; sines fill the first half of the width, cosines the rest."""
+
+    def __init__(self, d_model: int, *, max_seq_len: int, head_dim: int):
+        super().__init__(d_model, max_seq_len=max_seq_len, head_dim=head_dim)
+        if d_model % 2:
+            raise ValueError(
+                f"position=sinusoidal: got d_model={d_model}, expected an even width; "
+                "set model.d_model"
+            )
+        self.frequencies_R = host_tensor(inverse_frequencies(d_model, theta=10000.0))
+
+    def add(self, x_BTD: Tensor, ctx: SequenceContext) -> Tensor:
+        angles_BTR = angles(ctx.positions_BT, self.frequencies_R)
+        wave_BTD = torch.cat([angles_BTR.sin(), angles_BTR.cos()], dim=-1)
+        return x_BTD + wave_BTD.to(x_BTD.dtype)
+
+
+class Learned(NoPosition):
+    """One trained vector for each of max_seq_len positions, N(0, init_std)."""
+
+    def __init__(self, d_model: int, *, max_seq_len: int, head_dim: int, init_std: float = 0.02):
+        super().__init__(d_model, max_seq_len=max_seq_len, head_dim=head_dim)
+        self.table = Embedding(d_model, vocab_size=max_seq_len, init_std=init_std)
+
+    def add(self, x_BTD: Tensor, ctx: SequenceContext) -> Tensor:
+        """ValueError when a document is longer than the table."""
+        length = ctx.prefix_tokens + ctx.max_seqlen
+        if length > self.max_seq_len:
+            raise ValueError(
+                f"position=learned: got a document of {length} tokens, expected at most "
+                f"model.max_seq_len={self.max_seq_len}; raise it before training, shorten the "
+                "rows or use position=rope"
+            )
+        return x_BTD + self.table(ctx.positions_BT).to(x_BTD.dtype)
+
+
+class Rope(NoPosition):
+    """Rotary embedding, with the usual ways to reach further than the model was trained for.
+
+    theta: base of the wavelengths. fraction: share of a head's width that is rotated.
+    interleaved: pairs are (0,1),(2,3).. (GPT-J) instead of (i, i + R) (Llama, GPT-NeoX).
+    scaling and the knobs after it: llmtrain/model/rope_scaling.py; a knob that the chosen scaling
+    does not use must be None.
+    """
+
+    rotary_kind = True
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        max_seq_len: int,
+        head_dim: int,
+        theta: float = 10000.0,
+        fraction: float = 1.0,
+        interleaved: bool = False,
+        scaling: str = "none",
+        factor: float | None = None,
+        original_max_seq_len: int | None = None,
+        beta_fast: float | None = None,
+        beta_slow: float | None = None,
+        low_freq_factor: float | None = None,
+        high_freq_factor: float | None = None,
+    ):
+        super().__init__(d_model, max_seq_len=max_seq_len, head_dim=head_dim)
+        if not 0.0 < fraction <= 1.0:
+            raise ValueError(
+                f"position=rope: got fraction={fraction}, expected more than 0 and at most 1; "
+                "use position=none to rotate nothing"
+            )
+        width = int(head_dim * fraction)
+        if width % 2 or width == 0:
+            raise ValueError(
+                f"position=rope: got a rotated width of {width} (head_dim={head_dim} x "
+                f"fraction={fraction}), expected an even one; set position.fraction or "
+                "model.head_dim"
+            )
+        self.interleaved = interleaved
+        numbers = {
+            "factor": factor,
+            "original_max_seq_len": original_max_seq_len,
+            "beta_fast": beta_fast,
+            "beta_slow": beta_slow,
+            "low_freq_factor": low_freq_factor,
+            "high_freq_factor": high_freq_factor,
+        }
+        self.frequencies_R = host_tensor(
+            inverse_frequencies(width, theta=theta, scaling=scaling, **numbers)
+        )
+        self.scale = attention_scale(scaling, factor)
+
+    def rotary(self, ctx: SequenceContext) -> Rotary:
+        angles_BTR = angles(ctx.positions_BT, self.frequencies_R)
+        return Rotary(
+            cos_BTR=(angles_BTR.cos() * self.scale).float(),
+            sin_BTR=(angles_BTR.sin() * self.scale).float(),
+            interleaved=self.interleaved,
+        )
+
+
+def host_tensor(frequencies: tuple[float, ...]) -> Tensor:
+    """float64 on the CPU even inside `with torch.device("meta")`."""
+    return torch.tensor(frequencies, dtype=torch.float64, device="cpu")
+
+
+def angles(positions_BT: Tensor, frequencies_R: Tensor) -> Tensor:
+    """float64 [B, T, R]: at position 100,000 float32 would already be off by 0.004 radians.
+
+    The frequencies are copied without waiting: the few bytes do not stall the host.
+    """
+    return positions_BT[..., None] * frequencies_R.to(positions_BT.device, non_blocking=True)
+
+
+def apply_rotary(x_BTHK: Tensor, rotary: Rotary) -> Tensor:
+    """Turns the first 2R of every head's K dimensions, computing in at least float32."""
+    cos_BT1R, sin_BT1R = rotary.cos_BTR[:, :, None], rotary.sin_BTR[:, :, None]
+    width = 2 * cos_BT1R.shape[-1]
+    if width > x_BTHK.shape[-1]:
+        raise ValueError(
+            f"rotary: got angles for a width of {width}, expected at most the head's "
+            f"{x_BTHK.shape[-1]}; set model.head_dim to the mixer's"
+        )
+    turned, rest = x_BTHK[..., :width], x_BTHK[..., width:]
+    if rotary.interleaved:
+        a, b = turned.unflatten(-1, (-1, 2)).unbind(-1)
+    else:
+        a, b = turned.chunk(2, dim=-1)
+    dtype = torch.promote_types(x_BTHK.dtype, torch.float32)
+    a, b = a.to(dtype), b.to(dtype)
+    pair = a * cos_BT1R - b * sin_BT1R, b * cos_BT1R + a * sin_BT1R
+    joined = (
+        torch.stack(pair, dim=-1).flatten(-2) if rotary.interleaved else torch.cat(pair, dim=-1)
+    )
+    joined = joined.to(x_BTHK.dtype)
+    return joined if rest.shape[-1] == 0 else torch.cat([joined, rest], dim=-1)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from hydra.utils import instantiate
+from llmtrain_data.tokenizer import load_tokenizer, vocab_span
 
 from llmtrain.mixers.base import Mixer
 from llmtrain.model.block import Block
@@ -154,8 +155,11 @@ def padded_vocab_size(config: dict, vocab_size: int) -> int:
 
 
 def configured_vocab_size(config: dict) -> int:
-    """Tokens of the vocabulary as far as the configuration alone tells: for plans and checks."""
-    return config["tokenizer"].get("vocab_size") or config["model"]["vocab_size"]
+    """Tokens of the vocabulary as far as the configuration tells, for plans and checks; what counts
+    in a run is the corpus. An existing tokenizer's file is read if nothing else tells."""
+    node = config["tokenizer"]
+    known = node.get("vocab_size") or config["model"]["vocab_size"]
+    return known or vocab_span(load_tokenizer(node["path"]))
 
 
 def build_model(

@@ -1,6 +1,6 @@
 """What each command does with its composed configuration: calls into the package that does it.
 
-Heavy imports stand in the functions: `llmtrain --help` and a mistyped key answer at once.
+Heavy imports stand in the functions, so that `llmtrain --help` answers at once.
 """
 
 from __future__ import annotations
@@ -17,6 +17,34 @@ def run(command: str, overrides: Sequence[str], config_dirs: Sequence[str | Path
     COMMANDS[command](config)
 
 
+def prep(config: dict) -> None:
+    from llmtrain.prep import run_prep
+
+    run_prep(config)
+
+
+def train(config: dict) -> None:
+    from llmtrain.train import loop
+
+    if config["dry_run"]:
+        plan({**config, "plan": {"ranks": 1, "tokens_per_second": None, "device_name": None}})
+        return
+    loop.train(config)
+
+
+def evaluate(config: dict) -> None:
+    from llmtrain_eval.run import run_eval
+
+    run_eval(config)
+
+
+def generate(config: dict) -> None:
+    from llmtrain.continuation import continuations
+
+    for prompt, text in continuations(config):
+        print(f"{'-' * 60}\n{prompt}|{text}")
+
+
 def plan(config: dict) -> None:
     from llmtrain.plan import describe, make_plan, tokens_per_second
 
@@ -24,4 +52,4 @@ def plan(config: dict) -> None:
     print(describe(result, tokens_per_second(result, config["plan"])))
 
 
-COMMANDS = {"plan": plan}
+COMMANDS = {"prep": prep, "train": train, "eval": evaluate, "generate": generate, "plan": plan}

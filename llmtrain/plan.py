@@ -129,9 +129,7 @@ def describe(plan: Plan, rate: float | None = None) -> str:
         *(f"  {length:>8} tokens {size:>13,} bytes" for length, size in plan.state_bytes.items()),
         f"memory of each of {plan.ranks} ranks, GiB, estimated; micro-batch of "
         f"{plan.micro_batch} rows (one more: +{gib(plan.row_bytes)})",
-        "  ZeRO"
-        + "".join(f"{field.name:>12}" for field in fields(MemoryEstimate))
-        + "       total",
+        "  ZeRO" + "".join(f"{name:>12}" for name in names),
     ]
     for stage, estimate in plan.memory.items():
         sizes = [*asdict(estimate).values(), estimate.total]

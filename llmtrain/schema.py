@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import types
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -154,7 +156,13 @@ COMMANDS = {
 }
 
 
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    Path: "a path",
+}
 
 
 def describe(annotation: object) -> str:
@@ -166,7 +174,7 @@ def describe(annotation: object) -> str:
         return f"one of {', '.join(str(value) for value in arguments)}"
     if origin in (types.UnionType, typing.Union):
         return " or ".join(describe(argument) for argument in arguments)
-    if origin in (list, tuple):
+    if origin in (list, tuple, Sequence):
         return f"a list ({describe(arguments[0])} each)"
     if origin is dict or annotation is dict:
         return "a dict"
@@ -180,7 +188,7 @@ def fits(value: object, annotation: object) -> bool:
         return value in arguments
     if origin in (types.UnionType, typing.Union):
         return any(fits(value, argument) for argument in arguments)
-    if origin in (list, tuple):
+    if origin in (list, tuple, Sequence):
         return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
     if origin is dict:
         return isinstance(value, dict) and all(
@@ -190,6 +198,8 @@ def fits(value: object, annotation: object) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if annotation is Path:
+        return isinstance(value, str)
     return not isinstance(annotation, type) or isinstance(value, annotation)
 
 

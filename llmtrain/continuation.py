@@ -1,0 +1,48 @@
+"""`llmtrain generate`: texts in, continued texts out, with the model of a checkpoint."""
+
+from __future__ import annotations
+
+import torch
+from tokenizers import Tokenizer
+
+from llmtrain.build import DTYPES
+from llmtrain.checkpoint import load_model
+from llmtrain.generate import generate
+
+# Opens every document, so it stands before a prompt; generated, it says that the text ends.
+END_OF_TEXT = "<|endoftext|>"
+
+
+def continuations(config: dict) -> list[tuple[str, str]]:
+    """(prompt, continuation), `samples` of them for each prompt, of a resolved generate.yaml.
+
+    ValueError when a prompt and its continuation are longer than the model's context.
+    """
+    device = config["device"]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = load_model(config["checkpoint"], device, DTYPES[config["precision"]])
+    tokenizer = Tokenizer.from_file(str(loaded.tokenizer_file))
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    prompts = config["prompt"] if isinstance(config["prompt"], list) else [config["prompt"]]
+    prompts = [prompt for prompt in prompts for _ in range(config["samples"])]
+    tokens = [[end, *tokenizer.encode(prompt).ids] for prompt in prompts]
+    context = loaded.config["model"]["max_seq_len"]
+    longest = max(map(len, tokens), default=0)
+    if longest + config["max_new_tokens"] > context:
+        raise ValueError(
+            f"max_new_tokens: got {config['max_new_tokens']} after a prompt of {longest} tokens, "
+            f"expected at most {context} together (model.max_seq_len of the checkpoint); shorten "
+            "either"
+        )
+    made = generate(
+        loaded.model,
+        tokens,
+        max_new_tokens=config["max_new_tokens"],
+        temperature=config["temperature"],
+        top_k=config["top_k"],
+        top_p=config["top_p"],
+        stop_tokens=(end,),
+        seed=config["seed"],
+    )
+    return [(prompt, tokenizer.decode(ids)) for prompt, ids in zip(prompts, made)]

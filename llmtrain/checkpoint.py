@@ -7,10 +7,10 @@
         trainer.json        step, counters, data position
         config.yaml  tokenizer.json  token_bytes.npy
 
-A fragment is a 1-D slice of a flattened parameter (kind param) or of its optimizer state (kind
-exp_avg, exp_avg_sq), starting at element <offset>. The fragments of all files cover every
-parameter once, so any number of ranks, at any ZeRO stage, reads what it needs. A checkpoint is
-good when every file in its manifest has the size and hash written there.
+A fragment is a 1-D slice of a flattened parameter or buffer (kind param) or of a parameter's
+optimizer state (kinds exp_avg, exp_avg_sq), starting at element <offset>. The fragments of all
+files cover every tensor once, so any number of ranks, at any ZeRO stage, reads what it needs. A
+checkpoint is good when every file in its manifest has the size and hash written there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -45,7 +44,7 @@ class BadCheckpoint(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """files: name -> {"size": bytes, "sha256": hex}; parameters: name -> shape."""
+    """files: name -> {"size": bytes, "sha256": hex}; parameters: name -> shape, buffers too."""
 
     step: int
     world_size: int
@@ -127,7 +126,7 @@ def verify(path: str | Path) -> Manifest:
 
 
 def newest_good(run_dir: str | Path) -> Path | None:
-    """The newest checkpoint that verifies; damaged ones are named in the log. None: there is none."""
+    """The newest checkpoint that verifies, or None; damaged ones are named in the log."""
     for _, path in reversed(list_checkpoints(run_dir)):
         try:
             verify(path)
@@ -182,8 +181,9 @@ class FragmentReader:
         stored = {name: tuple(shape) for name, shape in self.manifest.parameters.items()}
         if stored == shapes:
             return
-        problems = [f"{name} is not in it" for name in sorted(shapes.keys() - stored.keys())]
-        problems += [f"{name} is not in the model" for name in sorted(stored.keys() - shapes.keys())]
+        missing, unknown = shapes.keys() - stored.keys(), stored.keys() - shapes.keys()
+        problems = [f"{name} is not in it" for name in sorted(missing)]
+        problems += [f"{name} is not in the model" for name in sorted(unknown)]
         problems += [
             f"{name} is {list(stored[name])} in it, {list(shapes[name])} in the model"
             for name in sorted(stored.keys() & shapes.keys())
@@ -242,8 +242,7 @@ def load_model(
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     model = build_model(config, vocab_size=reader.manifest.vocab_size, compute_dtype=dtype)
     # The trainer's module holds the model as `model`, beside the objective.
-    parameters = {f"model.{name}": p for name, p in model.named_parameters()}
-    fill(reader, parameters.items())
+    fill(reader, {f"model.{name}": tensor for name, tensor in model.state_dict().items()})
     token_bytes = torch.from_numpy(np.load(folder / "token_bytes.npy").astype(np.int64))
     return Loaded(
         model=model.to(device).eval(),
@@ -255,11 +254,10 @@ def load_model(
     )
 
 
-def fill(reader: FragmentReader, parameters: Iterable[tuple[str, Tensor]]) -> None:
-    """Read whole parameters."""
-    parameters = list(parameters)
+def fill(reader: FragmentReader, tensors: dict[str, Tensor]) -> None:
+    """Read the whole model: parameters and buffers; the objective's own are left out."""
     stored = reader.manifest.parameters
-    shapes = {name: tuple(stored[name]) for name in stored if not name.startswith("model.")}
-    reader.check_parameters(shapes | {name: tuple(p.shape) for name, p in parameters})
-    for name, parameter in parameters:
-        reader.read("param", name, 0, parameter.data.view(-1))
+    others = {name: tuple(stored[name]) for name in stored if not name.startswith("model.")}
+    reader.check_parameters(others | {name: tuple(t.shape) for name, t in tensors.items()})
+    for name, tensor in tensors.items():
+        reader.read("param", name, 0, tensor.view(-1))

@@ -27,7 +27,7 @@ from llmtrain.checkpoint import Manifest, list_checkpoints, sha256_of, step_name
 from llmtrain.train.distributed import World, broadcast_object, gather_objects
 from llmtrain.train.partitions import Fragment
 
-DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
+DTYPES = {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}
 
 
 def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict:
@@ -129,6 +129,10 @@ class CheckpointWriter:
             self.give_up(temporary, step, failures)
         files = {name: entry for name, entry, _ in results}
         self.together(lambda: self.commit(temporary, step, files, trainer), step)
+        return self.path(step)
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
         return self.folder / step_name(step)
 
     def together(self, action, step: int) -> None:
@@ -181,7 +185,7 @@ class CheckpointWriter:
         )
         write_text(temporary / "manifest.json", manifest.to_json())
         sync_folder(temporary)
-        final = self.folder / step_name(step)
+        final = self.path(step)
         temporary.rename(final)
         sync_folder(self.folder)
         pointer = self.folder / ".tmp-latest"

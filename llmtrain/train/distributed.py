@@ -15,6 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 # The first step may compile for long while other ranks wait.
 TIMEOUT = timedelta(minutes=30)
 
@@ -95,6 +96,19 @@ def choose_device(name: str, world: World) -> torch.device:
     return torch.device("cuda", world.local_rank)
 
 
+def start(world: World, device: torch.device) -> None:
+    """Join the process group: NCCL between GPUs, gloo between CPU processes."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        BACKENDS[device.type],
+        rank=world.rank,
+        world_size=world.size,
+        timeout=TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
 def gather_objects(value: object, world: World) -> list:
     """Every rank's value, in the order of ranks, on every rank."""
     if world.size == 1:
@@ -114,7 +128,12 @@ def broadcast_object(value: object, world: World) -> object:
 
 
 def shutdown() -> None:
-    """Leave the process group, together."""
+    """Leave the process group when all ranks are done."""
+    dist.barrier()
+    leave()
+
+
+def leave() -> None:
+    """Leave the process group without waiting for anyone."""
     if dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()

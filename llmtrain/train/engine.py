@@ -25,12 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llmtrain.train.distributed import TIMEOUT, World
+from llmtrain.train.distributed import BACKENDS, TIMEOUT, World
 from llmtrain.train.module import SUMS, MicroBatch, TrainModule
 from llmtrain.train.partitions import FlatPartitions, Fragment, Replicated, WeightPartitions
 from llmtrain.train.zero import Zero0, deepspeed_config
-
-BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +103,11 @@ def load_deepspeed(device: torch.device) -> ModuleType:
 
 
 class Engine:
-    """One model in training on this rank.
+    """One model in training on this rank, which has joined the process group (distributed.start).
 
     step_tokens: tokens of a full global batch; grad_clip: None for no clipping. The optimizer is
-    built over the module's own parameters, before any of this.
+    built over the module's own parameters, before any of this. shapes: name -> shape of every
+    parameter and persistent buffer, before any partitioning.
     """
 
     def __init__(
@@ -124,13 +123,14 @@ class Engine:
         grad_clip: float | None,
     ):
         deepspeed = load_deepspeed(device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        deepspeed.init_distributed(BACKENDS[device.type], timeout=TIMEOUT, verbose=False)
+        deepspeed.init_distributed(BACKENDS[device.type], timeout=TIMEOUT)
         self.config = deepspeed_config(zero, micro_batch=micro_batch, world_size=world.size)
         self.world, self.device = world, device
         self.step_tokens, self.grad_clip = step_tokens, grad_clip
         self.adam = optimizer
+        parameters = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        buffers = [name for name in module.state_dict() if name not in parameters]
+        self.shapes = parameters | {name: tuple(module.get_buffer(name).shape) for name in buffers}
         self.engine, wrapped, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=self.config
         )
@@ -143,6 +143,7 @@ class Engine:
         else:
             self.parts = FlatPartitions(module, wrapped)
         self.module = module
+        self.buffers = {name: module.get_buffer(name) for name in buffers}
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -214,12 +215,18 @@ class Engine:
         return int(self.parts.states[0]["step"].item())
 
     def fragments(self) -> list[Fragment]:
-        """This rank's share of a checkpoint."""
-        return self.parts.to_save()
+        """This rank's share of a checkpoint; buffers are rank 0's."""
+        return self.parts.to_save() + (self.buffer_fragments() if self.world.rank == 0 else [])
 
     def to_load(self) -> list[Fragment]:
         """What this rank needs of a checkpoint: views to be written, then loaded() be called."""
-        return self.parts.to_load()
+        return self.parts.to_load() + self.buffer_fragments()
+
+    def buffer_fragments(self) -> list[Fragment]:
+        return [
+            Fragment(name=name, offset=0, views={"param": buffer.view(-1)})
+            for name, buffer in self.buffers.items()
+        ]
 
     def loaded(self, optimizer_steps: int) -> None:
         for state in self.parts.states:

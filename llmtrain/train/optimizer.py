@@ -38,7 +38,7 @@ class AdamW:
                 raise ValueError(f"{name}: got {value}, expected {expected}; fix optimizer.{name}")
 
     def groups(self, model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-        """"decay" and "no_decay" -> name -> parameter.
+        """ "decay" and "no_decay" -> name -> parameter.
 
         model: a language model, or a module that holds one as `model`.
         """
@@ -79,7 +79,6 @@ class AdamW:
         for name, members in self.groups(model).items():
             decay = self.weight_decay if name == "decay" else 0.0
             count = sum(parameter.numel() for parameter in members.values())
-            lines.append(
-                f"  {name:<9}weight_decay {decay:<6g} {len(members):>5} tensors {count:>15,} parameters"
-            )
+            row = f"  {name:<9}weight decay {decay:<5g} {len(members):>5} tensors"
+            lines.append(f"{row} {count:>14,} parameters")
         return "\n".join(lines)

@@ -4,6 +4,7 @@
     git.diff         uncommitted changes, if any                    commit, versions, seed, ranks
     metrics.jsonl    one line an interval, kind train or val: the truth that trackers mirror
     ledger.jsonl     one line an optimizer step: applied or why not, loss, norm, lr, samples
+    run.log          messages: the attention backend chosen and why, warnings
 
 Steps count from 1: "step": 7 was written after the 7th optimizer step. A resumed run cuts both
 logs at the step it resumes from.
@@ -32,6 +33,7 @@ from llmtrain.train.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
+LOGGERS = ("llmtrain", "llmtrain_kernels")
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "tokenizers", "triton", "flash-attn")
 
 
@@ -65,6 +67,10 @@ class RunLog:
         }
         with (self.run_dir / "starts.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        self.handler = logging.FileHandler(self.run_dir / "run.log", encoding="utf-8")
+        self.handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+        for name in LOGGERS:
+            logging.getLogger(name).addHandler(self.handler)
         self.tracker.start(self.run_dir, config=config, resumed_step=resumed_step)
         if sys.stdout.isatty():
             self.progress = Progress(
@@ -106,6 +112,9 @@ class RunLog:
         if self.writes and hasattr(self, "ledger"):
             if self.progress:
                 self.progress.stop()
+            for name in LOGGERS:
+                logging.getLogger(name).removeHandler(self.handler)
+            self.handler.close()
             self.metrics.close()
             self.ledger.close()
             self.tracker.close()
@@ -154,7 +163,7 @@ CONSOLE = {
 
 
 def console_line(step: int, total: int, kind: str, values: dict[str, float]) -> str:
-    """ "step 10/100 | loss 3.2 | ..."; what is zero by nature (skips, data wait) only when it is not."""
+    """One interval in one line; skips and data wait only when there were any."""
     parts = [f"{kind} {step}/{total}"]
     for name, pattern in CONSOLE.items():
         value = values.get(name)
@@ -165,7 +174,7 @@ def console_line(step: int, total: int, kind: str, values: dict[str, float]) -> 
 
 
 def git_state() -> tuple[str | None, str]:
-    """(commit, uncommitted changes) of the checkout this package lies in; (None, "") without one."""
+    """(commit, uncommitted changes) of this package's checkout; (None, "") without one."""
     root = Path(llmtrain.__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None, ""

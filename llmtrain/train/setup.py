@@ -1,0 +1,97 @@
+"""Everything of a run that can be known, and can be wrong, before a GPU or a process group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llmtrain import build
+from llmtrain.accounting import train_flops_per_token
+from llmtrain.data.loader import TokenLoader
+from llmtrain.plan import Plan, describe, make_plan
+from llmtrain.train.batches import choose_micro_batch
+from llmtrain.train.distributed import World
+from llmtrain.train.module import TrainModule
+from llmtrain.train.optimizer import AdamW
+from llmtrain.train.runlog import check_writable
+from llmtrain.train.schedule import Schedule
+from llmtrain.train.tracker import Tracker
+from llmtrain.train.zero import Zero0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """A checked run. held_out: None when the corpus has no held-out text."""
+
+    config: dict
+    world: World
+    device: torch.device
+    plan: Plan
+    micro_batch: int
+    optimizer: AdamW
+    schedule: Schedule
+    zero: Zero0
+    tracker: Tracker
+    corpus: Path
+    loader: TokenLoader
+    held_out: TokenLoader | None
+
+    @classmethod
+    def check(cls, config: dict, world: World, device: torch.device) -> Setup:
+        """Build all small parts of a configuration. ValueError: what does not fit."""
+        knobs, data = config["train"], config["data"]
+        zero = build.part(config["deepspeed"], build.label(config, "deepspeed"))
+        one_row = {**config, "train": {**knobs, "micro_batch": 1}}
+        micro_batch = choose_micro_batch(
+            knobs["micro_batch"], make_plan(one_row, ranks=world.size), zero.stage, device
+        )
+        chosen = {**config, "train": {**knobs, "micro_batch": micro_batch}}
+        plan = make_plan(chosen, ranks=world.size)
+        corpus = Path(data["root"]) / data["name"]
+        order = {"seq_len": knobs["seq_len"], "seed": config["seed"]}
+        loader = TokenLoader.open(corpus, "train", weights=data["weights"], **order)
+        check_writable(Path(config["run_dir"]))
+        return cls(
+            config=config,
+            world=world,
+            device=device,
+            plan=plan,
+            micro_batch=micro_batch,
+            optimizer=build.part(config["optimizer"], build.label(config, "optimizer")),
+            schedule=build.part(
+                config["schedule"], build.label(config, "schedule"), total_steps=plan.steps
+            ),
+            zero=zero,
+            tracker=build.part(config["tracker"], build.label(config, "tracker")),
+            corpus=corpus,
+            loader=loader,
+            held_out=TokenLoader.open(corpus, "val", **order),
+        )
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config["run_dir"])
+
+    def build_module(self, device: torch.device | str = "cpu") -> TrainModule:
+        """The model with its objective, as the configuration wants it trained."""
+        knobs = self.config["train"]
+        model = build.build_model(
+            self.config,
+            vocab_size=self.loader.vocab_size,
+            device=device,
+            compute_dtype=build.DTYPES[knobs["precision"]],
+        )
+        model.stack.activation_checkpointing = knobs["activation_checkpointing"]
+        objective = build.build_objective(self.config)
+        return TrainModule(model, objective, self.loader.token_bytes)
+
+    def flops(self) -> float:
+        """FLOPs of a training token."""
+        return train_flops_per_token(self.build_module("meta").model, self.plan.seq_len)
+
+    def describe(self) -> str:
+        """The plan and the groups of the optimizer."""
+        groups = self.optimizer.describe(self.build_module("meta"))
+        return f"{describe(self.plan)}\noptimizer groups\n{groups}"

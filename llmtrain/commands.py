@@ -5,16 +5,28 @@ Heavy imports stand in the functions, so that `llmtrain --help` answers at once.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+
+# Commands that several ranks (torchrun, srun) work on together.
+SPREAD = ("train", "eval")
 
 
 def run(command: str, overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> None:
     """Compose, check and carry out one command."""
     from llmtrain.config import compose
+    from llmtrain.shared_config import shared
+    from llmtrain.train.distributed import discover
 
-    config = compose(command, overrides, config_dirs=config_dirs)
-    COMMANDS[command](config)
+    world = discover(os.environ)
+    if world.size > 1 and command not in SPREAD:
+        raise ValueError(
+            f"llmtrain {command}: got {world.size} ranks, expected one process; start it without "
+            "torchrun or srun"
+        )
+    with shared(world, lambda: compose(command, overrides, config_dirs=config_dirs)) as config:
+        COMMANDS[command](config)
 
 
 def prep(config: dict) -> None:
@@ -24,12 +36,11 @@ def prep(config: dict) -> None:
 
 
 def train(config: dict) -> None:
-    from llmtrain.train import loop
+    from llmtrain.prep import check_tokenizer
+    from llmtrain.train.loop import train
 
-    if config["dry_run"]:
-        plan({**config, "plan": {"ranks": 1, "tokens_per_second": None, "device_name": None}})
-        return
-    loop.train(config)
+    check_tokenizer(config)
+    train(config)
 
 
 def evaluate(config: dict) -> None:

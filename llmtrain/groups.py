@@ -167,3 +167,11 @@ def check_key(
         raise ValueError(f"{text}: a knob cannot be removed; set it to the value that you want")
     if override.is_add():
         raise ValueError(f"{text}: the key exists; write {text.lstrip('+')} without +")
+
+
+def given(typed: list[Override], key: str) -> Override | None:
+    """The command line's override of a key, or of a key inside it."""
+    for override in typed:
+        if f"{override.key_or_group}.".startswith(f"{key}."):
+            return override
+    return None

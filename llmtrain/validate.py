@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator
 from hydra.core.override_parser.types import Override
 
 from llmtrain import build, schema
-from llmtrain.groups import did_you_mean
+from llmtrain.groups import did_you_mean, given
 
 # Keys of the model section that build.py reads itself; the others act through ${model.<key>}.
 READ_BY_BUILD = {"d_model", "n_layers", "vocab_size", "vocab_multiple", "max_seq_len"}
@@ -39,7 +39,7 @@ def validate(command: str, config: dict, raw: dict, typed: list[Override]) -> No
         check_part(node, build.label(config, place))
     for key, kind in build.BLOCK_KNOBS.items():
         schema.check_type(config["stack"][key], kind, f"stack.{key}")
-    check_data(config, typed)
+    check_weights(config["data"])
     if command == "prep":
         check_prep(typed)
         return
@@ -181,44 +181,22 @@ def check_model_overrides(raw: dict, typed: list[Override]) -> None:
             )
 
 
-def given(typed: list[Override], key: str) -> Override | None:
-    """The command line's override of a key, or of a key inside it."""
-    for override in typed:
-        if f"{override.key_or_group}.".startswith(f"{key}."):
-            return override
-    return None
-
-
-def check_data(config: dict, typed: list[Override]) -> None:
-    """Weights name the sources; a held-out fraction is only taken without val_sources."""
-    data = config["data"]
+def check_weights(data: dict) -> None:
+    """Weights of sources: one for each, and only where there are several."""
     sources, weights = data["sources"], data["weights"]
-    if not sources:
+    if weights is None:
+        return
+    if len(sources) == 1:
         raise ValueError(
-            "data.sources: got none, expected at least one; add +data.sources.NAME=..."
+            f"data.weights: has no effect with the single source {next(iter(sources))!r}; "
+            "set data.weights=null, or add sources"
         )
-    if weights is not None:
-        if len(sources) == 1:
-            raise ValueError(
-                f"data.weights: has no effect with the single source {next(iter(sources))!r}; "
-                "set data.weights=null, or add sources"
-            )
-        if set(weights) != set(sources):
-            raise ValueError(
-                f"data.weights: got weights of {', '.join(sorted(weights))}, expected one for each "
-                f"of data.sources: {', '.join(sorted(sources))}; add or remove weights"
-            )
-        positive(weights, weights, "data.weights")
-    if data["val_sources"] and (override := given(typed, "data.val_fraction")):
+    if set(weights) != set(sources):
         raise ValueError(
-            f"{override.input_line}: has no effect, the held-out text comes from "
-            "data.val_sources; remove either"
+            f"data.weights: got weights of {', '.join(sorted(weights))}, expected one for each "
+            f"of data.sources: {', '.join(sorted(sources))}; add or remove weights"
         )
-    if not 0 <= data["val_fraction"] < 1:
-        raise ValueError(
-            f"data.val_fraction: got {data['val_fraction']}, expected 0 <= fraction < 1; "
-            "set data.val_fraction=0.01"
-        )
+    positive(weights, weights, "data.weights")
 
 
 def check_prep(typed: list[Override]) -> None:

@@ -141,11 +141,6 @@ CASES = {
         ],
         ["data.weights: got weights of mor, stdlib", "more, stdlib"],
     ),
-    "held-out fraction out of range": (
-        "prep",
-        ["data.val_fraction=1.5"],
-        ["data.val_fraction: got 1.5", "0 <= fraction < 1"],
-    ),
     "target outside the allow-list": (
         "train",
         ["mixer._target_=os.system"],

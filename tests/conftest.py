@@ -1,8 +1,12 @@
-"""A second mixer family for tests: a leaky running mean with a state, unlike attention."""
+"""Models for tests: real ones from the shipped YAML files, and one around a mixer of its own."""
+
+from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from llmtrain import build
 from llmtrain.channels.mlp import Relu2, SwiGLU
 from llmtrain.mixers.base import Mixer
 from llmtrain.model.block import Block
@@ -11,11 +15,24 @@ from llmtrain.model.init import depth_std, initialise
 from llmtrain.model.language_model import LanguageModel
 from llmtrain.model.linear import Linear
 from llmtrain.model.norm import RMSNorm
+from llmtrain.model.position import NoPosition
 from llmtrain.model.stack import Stack
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+OPTIONS = {
+    "model": "tiny",
+    "embedding": "learned",
+    "position": "rope",
+    "mixer": "attention",
+    "channel": "swiglu",
+    "norm": "rmsnorm",
+    "stack": "decoder",
+    "objective": "causal",
+}
 
 
 class Leaky(Mixer):
-    """s_t = decay * s_(t-1) + x_t inside a document; y = W s."""
+    """A mixer unlike attention: s_t = decay * s_(t-1) + x_t inside a document; y = W s."""
 
     def __init__(self, d_model, *, layer_idx, n_layers, decay=0.7):
         super().__init__()
@@ -48,12 +65,34 @@ class Leaky(Mixer):
         return self.d_model * dtype.itemsize
 
 
-class NoPosition(torch.nn.Module):
-    def add(self, x_BTD, ctx):
-        return x_BTD
+@pytest.fixture
+def model_config():
+    """model_config("model.d_model=32", channel="gelu", mixers={"b": "mqa"}): the model's groups of
+    a configuration, with options by keyword and changes as dotted keys."""
 
-    def rotary(self, ctx):
-        return None
+    def make(*changes, mixers=None, **options):
+        chosen = {**OPTIONS, **options}
+        nodes = {g: OmegaConf.load(CONFIGS / g / f"{o}.yaml") for g, o in chosen.items()}
+        mounted = {
+            k: OmegaConf.load(CONFIGS / "mixer" / f"{o}.yaml") for k, o in (mixers or {}).items()
+        }
+        config = OmegaConf.create({"seed": 0, "mixers": mounted, **nodes})
+        config.merge_with_dotlist(list(changes))
+        return {**OmegaConf.to_container(config, resolve=True), "choices": chosen}
+
+    return make
+
+
+@pytest.fixture
+def build_model(model_config):
+    """build_model(<as model_config>, vocab_size=50, dtype=torch.float64): by llmtrain.build."""
+
+    def make(*changes, vocab_size=50, dtype=torch.float64, device="cpu", **options):
+        config = model_config(*changes, **options)
+        model = build.build_model(config, vocab_size=vocab_size, device=device, compute_dtype=dtype)
+        return model.double() if dtype == torch.float64 else model
+
+    return make
 
 
 @pytest.fixture
@@ -84,7 +123,7 @@ def make_model(make_blocks):
     def make(n=3, *, tied=True, dtype=torch.float64, seed=0, stack=None, **blocks):
         model = LanguageModel(
             embedding=Embedding(16, vocab_size=24, tied=tied, init_std=0.2),
-            position=NoPosition(),
+            position=NoPosition(16, max_seq_len=64, head_dim=16),
             stack=Stack(make_blocks(n, **blocks), **(stack or {})),
             norm=RMSNorm(16),
             vocab_size=19,

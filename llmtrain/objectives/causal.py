@@ -35,7 +35,7 @@ class LossOutput(NamedTuple):
 
 
 class TokenLoss(nn.Module):
-    """logits_NO, targets_N, weights_N -> (sum of w ce, sum of w lse^2), the latter 0 without z_loss.
+    """logits_NO, targets_N, weights_N -> (sum of w ce, sum of w lse^2; 0 without z_loss).
 
     A module of its own, to be compiled where the model is not: then float32 logits never exist in
     memory. Eager, [N, O] stands there in float32 two to three times: see Causal's chunk_tokens.

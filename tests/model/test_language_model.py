@@ -93,7 +93,7 @@ def test_post_norm_has_no_second_final_norm(make_model):
 def test_compute_dtype_and_float32_gradients(make_model):
     model = make_model(dtype=torch.bfloat16).float()
     assert model.compute_dtype == torch.bfloat16
-    hidden, state, aux = model(TOKENS, SequenceContext.dense(2, 6), model.init_state(2, 6))
+    hidden, state, _ = model(TOKENS, SequenceContext.dense(2, 6), model.init_state(2, 6))
     assert hidden.dtype == state.layers[0]["s"].dtype == torch.bfloat16
     model.logits(hidden).float().sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())

@@ -84,9 +84,8 @@ def test_chunks_change_memory_but_no_number(make_model, chunk_tokens, tied):
     model = make_model(tied=tied, activation_l1=0.5)
     whole, grads = run(Causal(z_loss=1e-2), model)
     out, chunked = run(Causal(z_loss=1e-2, chunk_tokens=chunk_tokens), model)
-    for got, want in zip(
-        (out.loss_sum, out.ce_sum, *chunked), (whole.loss_sum, whole.ce_sum, *grads)
-    ):
+    expected = (whole.loss_sum, whole.ce_sum, *grads)
+    for got, want in zip((out.loss_sum, out.ce_sum, *chunked), expected, strict=True):
         torch.testing.assert_close(got, want, atol=1e-13, rtol=1e-12)
 
 

@@ -1,0 +1,189 @@
+"""transformers' Llama as an independent implementation of the model."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from llmtrain.context import SequenceContext
+from llmtrain.export.llama import llama_config, llama_weights, to_llama
+from llmtrain.generate import generate
+from llmtrain.objectives.causal import Causal
+
+SMALL = (
+    "model.d_model=48",
+    "model.n_layers=3",
+    "model.n_heads=6",
+    "model.n_kv_heads=2",
+    "model.head_dim=10",
+    "model.ffn_hidden=56",
+    "model.init_std=0.2",
+    "model.max_seq_len=64",
+    "model.rope_theta=500.0",
+    "mixer.backend=reference",
+)
+TIED = ("model.tie_embeddings=true", "model.tie_embeddings=false")
+
+
+@pytest.fixture
+def float64_llama(monkeypatch):
+    """transformers' RMSNorm rounds to float32 inside; in float64 it would set the tolerance."""
+
+    def forward(self, hidden_states):
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        return self.weight * hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+
+
+def random_tokens(rows=3, length=21, vocab=50):
+    return torch.randint(vocab, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def shuffle_norms(model):
+    """Gains of one would hide a norm in the wrong place."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tied", TIED)
+def test_logits_loss_and_gradients(build_model, float64_llama, tied, bias):
+    biases = (f"mixer.bias={bias}", f"channel.bias={bias}")
+    model = shuffle_norms(build_model(*SMALL, tied, *biases))
+    llama = to_llama(model)
+    tokens = random_tokens()
+    ctx = SequenceContext.dense(*tokens.shape)
+    theirs = llama(tokens, labels=tokens)
+    logits = model.logits(model(tokens, ctx).hidden_BTD)
+    # angles are float32 in both, from frequencies that are float64 here and float32 there
+    close = {"atol": 2e-6, "rtol": 2e-6}
+    torch.testing.assert_close(logits, theirs.logits, **close)
+
+    targets = tokens.roll(-1, dims=1)
+    weights = torch.ones(tokens.shape, dtype=torch.float64)
+    weights[:, -1] = 0
+    out = Causal()(model, tokens, targets, weights, ctx)
+    # their own loss is float32; ours is differentiated against the same in float64
+    their_loss = F.cross_entropy(theirs.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(out.loss_sum / out.weight_sum, their_loss, **close)
+    torch.testing.assert_close((out.loss_sum / out.weight_sum).float(), theirs.loss, **close)
+
+    (out.loss_sum / out.weight_sum).backward()
+    their_loss.backward()
+    gradients = copy.deepcopy(model)
+    for parameter, ours in zip(gradients.parameters(), model.parameters(), strict=True):
+        parameter.data = ours.grad
+    ours, expected = llama_weights(gradients), dict(llama.named_parameters())
+    assert sorted(ours) == sorted(expected)
+    for name, gradient in ours.items():
+        assert gradient.abs().max() > 1e-4, name
+        torch.testing.assert_close(gradient, expected[name].grad, **close)
+
+
+@pytest.mark.parametrize("tied", TIED)
+def test_greedy_generation_token_for_token(build_model, tied):
+    model = shuffle_norms(build_model(*SMALL, tied))
+    llama = to_llama(model)
+    prompts = [random_tokens(1, n)[0].tolist() for n in (1, 7, 3, 7)]
+    ours = generate(model, prompts, max_new_tokens=20)
+    for prompt, new in zip(prompts, ours, strict=True):
+        theirs = llama.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=20,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert new == theirs[0, len(prompt) :].tolist()
+    assert len({tuple(new) for new in ours}) > 1
+
+
+def test_float32_and_saved_files(build_model, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = shuffle_norms(build_model(*SMALL, TIED[0], dtype=torch.float32))
+    to_llama(model).save_pretrained(tmp_path)
+    llama = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokens = random_tokens()
+    logits = model.logits(model(tokens, SequenceContext.dense(*tokens.shape)).hidden_BTD)
+    torch.testing.assert_close(logits, llama(tokens).logits, atol=2e-5, rtol=1e-4)
+
+
+def test_published_8b(build_model):
+    """The sizes of the preset are those under which transformers counts the published number."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = build_model(model="llama3_8b", vocab_size=128256, device="meta", dtype=torch.float32)
+    published = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    ours = llama_config(model)
+    assert ours.to_dict() == published.to_dict()
+    with torch.device("meta"):
+        assert LlamaForCausalLM(published).num_parameters() == 8_030_261_248
+    assert sum(p.numel() for p in model.parameters()) == 8_030_261_248
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        (
+            [],
+            {"position": "learned"},
+            r"position: got Learned, which Llama does not have, expected",
+        ),
+        (
+            ["position.interleaved=true"],
+            {},
+            r"position: got Rope, .*expected rope, not interleaved",
+        ),
+        (
+            ["position.scaling=linear", "position.factor=2.0"],
+            {},
+            r"position: got scaled frequencies, .* expected position.scaling=none",
+        ),
+        (["position.fraction=0.6"], {}, r"position: got a partly rotated head, .*fraction=1.0"),
+        (["embedding.scale=2.0"], {}, r"embedding: got scale=2.0, .*expected embedding.scale=null"),
+        (["stack.norm_position=post"], {}, r"stack: got norm_position=post, .*expected norm_pos"),
+        (["stack.repeats=2"], {}, r"stack: got a repeated core, .*expected stack.repeats=1"),
+        (["mixer.window=8"], {}, r"layer 0, mixer: got window=8, .*expected mixer.window=null"),
+        (["mixer.qk_norm=true"], {}, r"layer 0, mixer: got qk_norm=true, .*mixer.qk_norm=false"),
+        (["mixer.softmax_scale=1.0"], {}, r"layer 0, mixer: got softmax_scale=1.0, "),
+        ([], {"channel": "gelu"}, r"layer 0, channel: got Gelu, .*expected swiglu; train with"),
+        ([], {"norm": "layernorm"}, r"norm1: got LayerNorm, which Llama does not have, .*rmsnorm"),
+        (
+            ["mixers.b.n_kv_heads=3", "stack.pattern=[a,b,a]"],
+            {"mixers": {"b": "attention"}},
+            r"stack: got layers of different shapes, .*expected one shape for all layers",
+        ),
+    ],
+)
+def test_parts_without_counterpart(build_model, changes, options, message):
+    model = build_model(*SMALL, *changes, **options)
+    with pytest.raises(ValueError, match=f"export to Llama: .*{message}"):
+        to_llama(model)
+
+
+def test_mixers_of_other_kinds_have_no_counterpart(make_model, build_model):
+    model, other = build_model(*SMALL), make_model()
+    model.stack.blocks[1].mixer = other.stack.blocks[0].mixer
+    with pytest.raises(ValueError, match=r"layer 1, mixer: got Leaky, .*expected attention; train"):
+        to_llama(model)

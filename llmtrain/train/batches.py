@@ -69,27 +69,18 @@ def device_memory(device: torch.device) -> int:
     return physical // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def to_micro_batch(batch: Batch, *, mask_documents: bool, device: torch.device) -> MicroBatch:
-    """A batch on the device, with its context."""
-    rows, tokens = batch.tokens_BT.shape
-    if mask_documents:
-        ctx = SequenceContext.packed(batch.doc_starts_BT)
-    else:
-        ctx = SequenceContext.dense(rows, tokens)
-    return MicroBatch(
-        tokens_BT=batch.tokens_BT.to(device, non_blocking=True),
-        targets_BT=batch.targets_BT.to(device, non_blocking=True),
-        weights_BT=batch.weights_BT.to(device, non_blocking=True),
-        ctx=steady(ctx, tokens).to(device),
-    )
+def to_micro_batch(batch: Batch, ctx: SequenceContext) -> MicroBatch:
+    """A batch with its context, both on the device, as the engine takes it.
 
-
-def steady(ctx: SequenceContext, tokens: int) -> SequenceContext:
-    """The context with the row length as bound of document lengths.
-
-    The longest document differs from batch to batch, and compiled code would be made anew for it.
+    The row length becomes the bound of document lengths: the longest document differs from batch to
+    batch, and compiled code would be made anew for each.
     """
-    return replace(ctx, max_seqlen=tokens)
+    return MicroBatch(
+        tokens_BT=batch.tokens_BT,
+        targets_BT=batch.targets_BT,
+        weights_BT=batch.weights_BT,
+        ctx=replace(ctx, max_seqlen=batch.tokens_BT.shape[1]),
+    )
 
 
 class HeldOut:
@@ -118,7 +109,7 @@ class HeldOut:
         for start in range(0, self.rows, self.world.size * self.micro_rows):
             first = start + self.world.rank * self.micro_rows
             batch = self.loader.batch(first, self.micro_rows)
-            beyond = first + torch.arange(self.micro_rows) >= self.rows
-            micro = to_micro_batch(batch, mask_documents=self.mask_documents, device=self.device)
-            weights_BT = micro.weights_BT.masked_fill(beyond[:, None].to(self.device), 0.0)
-            yield replace(micro, weights_BT=weights_BT)
+            beyond_B = first + torch.arange(self.micro_rows) >= self.rows
+            batch = replace(batch, weights_BT=batch.weights_BT.masked_fill(beyond_B[:, None], 0.0))
+            ctx = batch.context(mask_documents=self.mask_documents)
+            yield to_micro_batch(batch.to(self.device), ctx.to(self.device))

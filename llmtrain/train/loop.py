@@ -18,10 +18,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from llmtrain_data.manifest import TOKEN_BYTES_FILE, TOKENIZER_FILE
 
 from llmtrain.data.loader import Prefetcher
 from llmtrain.train import distributed, resume
-from llmtrain.train.batches import HeldOut
+from llmtrain.train.batches import HeldOut, to_micro_batch
 from llmtrain.train.checkpoint import CheckpointWriter
 from llmtrain.train.engine import Engine, Pending, bits_per_byte
 from llmtrain.train.guard import SkipGuard, StopRequest
@@ -105,9 +106,7 @@ class Run:
             keep=self.knobs["keep"],
             vocab_size=setup.loader.vocab_size,
             parameters=self.engine.shapes,
-            corpus_files={
-                name: setup.corpus / name for name in ("tokenizer.json", "token_bytes.npy")
-            },
+            corpus_files={name: setup.corpus / name for name in (TOKENIZER_FILE, TOKEN_BYTES_FILE)},
         )
         self.meter = Meter(
             step_tokens=self.step_tokens,
@@ -141,17 +140,17 @@ class Run:
 
     def train(self) -> dict:
         """All steps, or those until a signal; then the last checkpoint. Returns the summary."""
-        batches = Prefetcher(
+        with Prefetcher(
             self.setup.loader,
             start_step=self.step,
+            stop_step=self.setup.plan.steps,
             global_rows=self.rows,
             rank=self.world.rank,
             world=self.world.size,
             micro_rows=self.setup.micro_batch,
             mask_documents=self.knobs["mask_documents"],
             device=self.device,
-        )
-        try:
+        ) as batches:
             while self.step < self.setup.plan.steps and not self.stopping:
                 self.one_step(batches)
                 if self.step == self.first_step + 1:
@@ -161,8 +160,6 @@ class Run:
                     self.validate()
                 if self.step % self.knobs["save_every"] == 0:
                     self.save()
-        finally:
-            batches.close()
         self.read_results(behind=0)
         if self.stopping:
             self.log.say(f"stopped on request at step {self.step}; the same command continues")
@@ -171,13 +168,12 @@ class Run:
         self.save()
         return self.summarise()
 
-    def one_step(self, batches: Iterator) -> None:
+    def one_step(self, batches: Prefetcher) -> None:
         """Forward and backward of this rank's micro-batches, and the update."""
-        began = time.perf_counter()
         micros = next(batches)
-        self.meter.waited += time.perf_counter() - began
-        for i, micro in enumerate(micros):
-            self.engine.accumulate(micro, last=i == len(micros) - 1)
+        self.meter.waited += batches.waited_seconds
+        for i, (batch, ctx) in enumerate(micros):
+            self.engine.accumulate(to_micro_batch(batch, ctx), last=i == len(micros) - 1)
         lr = self.setup.optimizer.lr * self.setup.schedule.ratio(self.step)
         self.step += 1
         stop = self.stop.requested is not None
@@ -235,6 +231,7 @@ class Run:
                 "tokens": self.step * self.step_tokens,
                 "next_sample": self.step * self.rows,
                 "data_fingerprint": self.setup.loader.fingerprint,
+                "data_stream": self.setup.loader.stream_hash,
             }
             states = resume.generators(self.device)
             self.writer.save(self.step, self.engine.fragments(), states, trainer)
@@ -258,6 +255,7 @@ class Run:
             "micro_batch": self.setup.micro_batch,
             "micro_steps": self.rows // self.world.size // self.setup.micro_batch,
             "data_fingerprint": self.setup.loader.fingerprint,
+            "data_stream": self.setup.loader.stream_hash,
             "deepspeed": self.engine.config,
         }
 

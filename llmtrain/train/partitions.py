@@ -45,8 +45,10 @@ class Replicated:
 
     def gradients(self) -> list[Tensor]:
         """The step's gradients; rank 0 counts them, since all ranks have the same."""
-        grads = [p.grad for p in self.names if p.grad is not None]
-        return grads if self.rank == 0 else []
+        for parameter in self.names:
+            if parameter.grad is None:  # AdamW would leave it out; at other stages it is zero
+                parameter.grad = torch.zeros_like(parameter)
+        return [p.grad for p in self.names] if self.rank == 0 else []
 
     def to_load(self) -> list[Fragment]:
         fragments = []

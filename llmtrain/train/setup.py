@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from llmtrain_data.manifest import TOKEN_BYTES_FILE, Manifest
 
 from llmtrain import build
 from llmtrain.accounting import train_flops_per_token
@@ -51,6 +53,7 @@ class Setup:
         plan = make_plan(chosen, ranks=world.size)
         corpus = Path(data["root"]) / data["name"]
         order = {"seq_len": knobs["seq_len"], "seed": config["seed"]}
+        splits = Manifest.load(corpus).splits
         loader = TokenLoader.open(corpus, "train", weights=data["weights"], **order)
         check_writable(Path(config["run_dir"]))
         return cls(
@@ -67,7 +70,7 @@ class Setup:
             tracker=build.part(config["tracker"], build.label(config, "tracker")),
             corpus=corpus,
             loader=loader,
-            held_out=TokenLoader.open(corpus, "val", **order),
+            held_out=TokenLoader.open(corpus, "val", **order) if "val" in splits else None,
         )
 
     @property
@@ -85,7 +88,8 @@ class Setup:
         )
         model.stack.activation_checkpointing = knobs["activation_checkpointing"]
         objective = build.build_objective(self.config)
-        return TrainModule(model, objective, self.loader.token_bytes)
+        token_bytes = np.load(self.corpus / TOKEN_BYTES_FILE).astype(np.int64)
+        return TrainModule(model, objective, torch.from_numpy(token_bytes))
 
     def flops(self) -> float:
         """FLOPs of a training token."""

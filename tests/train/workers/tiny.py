@@ -37,9 +37,13 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(VOCAB, WIDTH)
         self.layers = nn.ModuleList([Layer(), Layer()])
         self.head = nn.Linear(WIDTH, VOCAB, bias=False)
+        self.sometimes = nn.Parameter(torch.zeros(WIDTH))  # gets a gradient in some steps only
+        self.use_sometimes = True
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         x_BTD = self.embedding(tokens_BT)
+        if self.use_sometimes:
+            x_BTD = x_BTD + self.sometimes
         for layer in self.layers:
             x_BTD = layer(x_BTD)
         return self.head(x_BTD)

@@ -21,6 +21,7 @@ from torch import Tensor
 from llmtrain.context import SequenceContext
 from llmtrain.model.init import keyed_seed
 from llmtrain.model.language_model import LanguageModel, ModelState
+from llmtrain.model.position import Learned
 
 
 @torch.no_grad()
@@ -161,4 +162,10 @@ def check(
             raise ValueError(
                 f"generate: prompt {i} holds token {worst}, expected 0 to {model.vocab_size - 1}; "
                 "use the tokenizer that the model was trained with"
+            )
+        total, position = len(prompt) + max_new_tokens, model.position
+        if isinstance(position, Learned) and total > position.max_seq_len:
+            raise ValueError(
+                f"generate: prompt {i} and its continuation have {total} tokens, expected at most "
+                f"the {position.max_seq_len} positions that were learned; shorten either"
             )

@@ -1,0 +1,199 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from llmtrain.accounting import (
+    activation_bytes,
+    flops_per_token,
+    logits_bytes,
+    memory_per_rank,
+    mfu,
+    parameters_by_part,
+    peak_flops,
+    state_bytes,
+    train_flops_per_token,
+)
+from llmtrain.context import SequenceContext
+from llmtrain.objectives.causal import Causal
+
+SMALL = (
+    "model.d_model=64",
+    "model.n_layers=3",
+    "model.n_heads=4",
+    "model.n_kv_heads=2",
+    "model.ffn_hidden=160",
+    "mixer.backend=reference",
+)
+
+
+def test_published_size_of_llama3_8b(build_model):
+    model = build_model(model="llama3_8b", vocab_size=128256, device="meta")
+    counts = parameters_by_part(model)
+    assert counts["total"] == 8_030_261_248
+    assert counts["embedding"] == counts["head"] == 128256 * 4096
+    assert counts["norm"] == 65 * 4096
+    assert counts["channel"] == 32 * 3 * 4096 * 14336
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ({}, ()),
+        ({"position": "learned", "norm": "layernorm", "channel": "gelu"}, ()),
+        ({}, ("model.tie_embeddings=false", "mixer.qk_norm=true", "stack.repeats=2")),
+        ({}, ("stack.norm_position=post",)),
+    ],
+)
+def test_parts_add_to_all_parameters(build_model, options, changes):
+    model = build_model(*SMALL, *changes, **options)
+    counts = parameters_by_part(model)
+    total = counts.pop("total")
+    assert total == sum(counts.values()) == sum(p.numel() for p in model.parameters())
+    assert (counts["head"] > 0) == (not model.embedding.tied)
+    assert (counts["position"] > 0) == (options.get("position") == "learned")
+    mixers = {id(p): p for b in model.stack.blocks for p in b.mixer.parameters()}
+    assert counts["mixer"] == sum(p.numel() for p in mixers.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ({}, ()),
+        ({"channel": "relu2"}, ("model.tie_embeddings=false", "stack.repeats=2")),
+        ({}, ("mixer.window=8",)),
+    ],
+)
+def test_flops_against_the_counter(build_model, options, changes):
+    """The reference attention multiplies visible pairs only, as the formula counts them."""
+    model = build_model(*SMALL, *changes, dtype=torch.float32, **options)
+    batch = torch.zeros(2, 40, dtype=torch.int64)
+    with FlopCounterMode(display=False) as forward:
+        out = Causal()(model, batch, batch, torch.ones(2, 40), SequenceContext.dense(2, 40))
+    expected = 80 * flops_per_token(model, 40)
+    assert forward.get_total_flops() == pytest.approx(expected, rel=1e-12)
+
+    with FlopCounterMode(display=False) as backward:
+        out.loss_sum.backward()
+    both = forward.get_total_flops() + backward.get_total_flops()
+    assert both == pytest.approx(80 * train_flops_per_token(model, 40), rel=1e-12)
+
+
+def test_state_bytes_against_a_state(build_model):
+    model = build_model(
+        *SMALL,
+        "stack.pattern=aba",
+        "mixers.b.window=8",
+        mixers={"b": "sliding_window"},
+        dtype=torch.bfloat16,
+    )
+    state = model.init_state(batch=1, max_tokens=20)
+    held = sum(x.numel() * x.itemsize for layer in state.layers for x in layer.values())
+    assert state_bytes(model, 20, torch.bfloat16) == held
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA H20", 148e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A40", 149.7e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA L40", None),
+        ("NVIDIA A10G", None),
+        ("Tesla V100-SXM2-16GB", None),
+        ("cpu", None),
+    ],
+)
+def test_peak_of_devices(name, expected):
+    assert peak_flops(name) == expected
+
+
+def test_mfu():
+    assert mfu(1e6, 4.945e8, "NVIDIA H200") == pytest.approx(0.5)
+    assert mfu(8e6, 4.945e8, "NVIDIA H200", devices=8) == pytest.approx(0.5)
+    assert mfu(1e6, 5e8, "cpu") is None
+
+
+def estimate(model, **changes):
+    settings = {"stage": 0, "world_size": 1, "micro_batch": 2, "seq_len": 64, **changes}
+    return memory_per_rank(model, **settings)
+
+
+def test_model_states_by_stage(build_model):
+    """Bytes per parameter of the rank: weights, master copy, gradients, Adam's two moments."""
+    model = build_model(*SMALL, device="meta", dtype=torch.float32)
+    n = parameters_by_part(model)["total"]
+    whole, eighth = 4 * n, 4 * -(-n // 8)
+    table = {
+        (0, 1): (whole, 0, whole, 2 * whole, 0),
+        (0, 8): (whole, 0, whole, 2 * whole, 0),
+        (1, 1): (whole, whole, whole, 2 * whole, whole),
+        (1, 8): (whole, eighth, whole, 2 * eighth, eighth),
+        (2, 8): (whole, eighth, eighth, 2 * eighth, eighth),
+        (3, 8): (eighth + 4000, eighth, eighth, 2 * eighth, eighth),
+    }
+    for (stage, world), expected in table.items():
+        got = estimate(model, stage=stage, world_size=world, live_parameters=1000)
+        assert (got.parameters, got.master, got.gradients, got.optimizer, got.step) == expected
+
+
+def test_total_is_the_fuller_of_backward_and_step(build_model):
+    model = build_model(*SMALL, device="meta", dtype=torch.float32)
+    small, large = estimate(model, stage=1, seq_len=1), estimate(model, stage=1, seq_len=4096)
+    for got, temporary in ((small, small.step), (large, large.activations + large.logits)):
+        lasting = got.parameters + got.master + got.gradients + got.optimizer + got.buffers
+        assert got.total == lasting + temporary
+    assert estimate(model, bucket_elements=1000).total == estimate(model).total + 4000
+
+
+def test_activations_against_what_autograd_keeps(build_model):
+    """Between 0.6 and 1.4 of the bytes kept in eager mode, for every channel."""
+    for options in ({}, {"channel": "gelu"}, {"channel": "relu2", "norm": "layernorm"}):
+        model = build_model(*SMALL, "mixer.backend=sdpa", dtype=torch.bfloat16, **options)
+        rows, tokens = 4, 256
+        ctx = SequenceContext.dense(rows, tokens)
+        kept = {}
+
+        def keep(tensor, kept=kept):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            hidden = model(torch.zeros(rows, tokens, dtype=torch.int64), ctx).hidden_BTD
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        held = sum(size for pointer, size in kept.items() if pointer not in weights)
+        assert 0.6 < activation_bytes(model, rows * tokens, "none") / held < 1.4
+        del hidden
+
+
+def test_recomputation_keeps_the_inputs_of_blocks(build_model):
+    model = build_model(*SMALL, device="meta", dtype=torch.bfloat16)
+    none, full = (activation_bytes(model, 1024, mode) for mode in ("none", "full"))
+    assert full == none // 3 + 3 * 1024 * 64 * 2
+
+
+def test_logits(build_model):
+    model = build_model(*SMALL, device="meta", dtype=torch.bfloat16)
+    assert model.padded_vocab_size == 64
+    assert logits_bytes(model, 1000, compiled=True, chunk_tokens=None) == 1000 * 64 * 4
+    assert logits_bytes(model, 1000, compiled=False, chunk_tokens=None) == 1000 * 64 * 16
+    assert logits_bytes(model, 1000, compiled=False, chunk_tokens=100) == 100 * 64 * 16
+    assert logits_bytes(model, 1000, compiled=True, chunk_tokens=5000) == 1000 * 64 * 4
+
+
+def test_unknown_stage(build_model):
+    with pytest.raises(ValueError, match=r"memory: got ZeRO stage 4, expected 0, 1, 2 or 3; set"):
+        estimate(build_model(*SMALL, device="meta"), stage=4)

@@ -9,46 +9,23 @@ Shapes: docs/shapes.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from llmtrain_data.manifest import Manifest, open_split
-from torch import Tensor
+from llmtrain_data.manifest import TOKEN_BYTES_FILE, Manifest, open_split
+from llmtrain_data.shards import REPAIR
 
-from llmtrain.context import SequenceContext
+from llmtrain.data.batch import Batch
 from llmtrain.data.order import EpochOrder, Order, WeightedOrder, check_weights
 from llmtrain.data.permutation import derive_key
+from llmtrain.data.prefetch import Prefetcher
 from llmtrain.data.stream import TokenStream
 
+__all__ = ["Batch", "Prefetcher", "TokenLoader"]
+
 STREAM_VERSION = 1  # of the order and the packing; part of the stream's hash
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """tokens_BT, targets_BT: int64. weights_BT: float32, 0 where the row is filled up.
-    doc_starts_BT: bool, True at the first token of a document (and of the filling)."""
-
-    tokens_BT: Tensor
-    targets_BT: Tensor
-    weights_BT: Tensor
-    doc_starts_BT: Tensor
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with function applied to every tensor."""
-        return Batch(**{name: function(value) for name, value in vars(self).items()})
-
-    def to(self, device: torch.device | str) -> Batch:
-        return self.map(lambda value: value.to(device, non_blocking=True))
-
-    def context(self, *, mask_documents: bool) -> SequenceContext:
-        """The context of these rows; without masking every row is one document."""
-        if mask_documents:
-            return SequenceContext.packed(self.doc_starts_BT)
-        batch, tokens = self.tokens_BT.shape
-        return SequenceContext.dense(batch, tokens)
 
 
 class TokenLoader:
@@ -56,6 +33,7 @@ class TokenLoader:
 
     fingerprint: of the corpus. rows_per_epoch: rows of all sources. stream_hash: names the whole
     sequence of samples; two runs with equal hashes see the same tokens in the same order.
+    token_bytes: int64 [O], bytes of text of each token id; vocab_size: O.
     """
 
     def __init__(
@@ -66,7 +44,7 @@ class TokenLoader:
         seq_len: int,
         fingerprint: str,
         stream_hash: str,
-        vocab_size: int,
+        token_bytes: torch.Tensor,
         eot_id: int,
     ):
         self.streams = streams
@@ -74,7 +52,8 @@ class TokenLoader:
         self.seq_len = seq_len
         self.fingerprint = fingerprint
         self.stream_hash = stream_hash
-        self.vocab_size = vocab_size
+        self.token_bytes = token_bytes
+        self.vocab_size = len(token_bytes)
         self.eot_id = eot_id
         self.rows_per_epoch = sum(stream.rows(seq_len) for stream in streams)
 
@@ -116,7 +95,7 @@ class TokenLoader:
             seq_len=seq_len,
             fingerprint=manifest.fingerprint,
             stream_hash=f"{derive_key('stream', *parts):016x}",
-            vocab_size=manifest.vocab_size,
+            token_bytes=torch.from_numpy(read_token_bytes(Path(corpus_dir), manifest)),
             eot_id=manifest.eot_id,
         )
 
@@ -144,6 +123,23 @@ class TokenLoader:
         sources_B, rows_B = self.order.rows(first_sample, rows)
         names = [stream.name for stream in self.streams]
         return [(names[source], int(row)) for source, row in zip(sources_B, rows_B)]
+
+
+def read_token_bytes(corpus: Path, manifest: Manifest) -> np.ndarray:
+    """int64 [O]. Raises ValueError when the table is missing or not the vocabulary's."""
+    path = corpus / TOKEN_BYTES_FILE
+    try:
+        lengths_O = np.load(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error}); expected the table that prep writes; {REPAIR}"
+        ) from error
+    if lengths_O.shape != (manifest.vocab_size,):
+        raise ValueError(
+            f"{path}: shape {lengths_O.shape}, expected ({manifest.vocab_size},), one number for "
+            f"each token of the vocabulary; {REPAIR}"
+        )
+    return lengths_O.astype(np.int64)
 
 
 def check_long_enough(where: str, streams: list[TokenStream], seq_len: int, *, each: bool) -> None:

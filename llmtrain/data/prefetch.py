@@ -6,14 +6,19 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from typing import Protocol
 
 import torch
 
-from llmtrain.context import SequenceContext
-from llmtrain.data.loader import Batch, TokenLoader
+from llmtrain.data.batch import Batch, MicroBatch
 
-MicroBatch = tuple[Batch, SequenceContext]
+
+class Rows(Protocol):
+    """What a prefetcher needs of a loader."""
+
+    rows_per_epoch: int
+
+    def batch(self, first_sample: int, rows: int) -> Batch: ...
 
 
 class Prefetcher:
@@ -30,7 +35,7 @@ class Prefetcher:
 
     def __init__(
         self,
-        loader: TokenLoader,
+        loader: Rows,
         *,
         start_step: int,
         global_rows: int,
@@ -68,9 +73,7 @@ class Prefetcher:
         micro_batches = self._coming.popleft().result()
         self.waited_seconds = time.perf_counter() - start
         self._submit()
-        if self.device.type == "cpu":
-            return micro_batches
-        return [(batch.to(self.device), ctx.to(self.device)) for batch, ctx in micro_batches]
+        return [micro.to(self.device) for micro in micro_batches]
 
     def __enter__(self) -> Prefetcher:
         return self
@@ -89,10 +92,8 @@ class Prefetcher:
         micro_batches = []
         for start in range(first, first + self.rank_rows, self.micro_rows):
             batch = self.loader.batch(start, self.micro_rows)
-            ctx = batch.context(mask_documents=self.mask_documents)
-            if self.device.type == "cuda":
-                batch, ctx = batch.map(pin), pin_context(ctx)
-            micro_batches.append((batch, ctx))
+            micro = MicroBatch.of(batch, mask_documents=self.mask_documents)
+            micro_batches.append(micro.pinned() if self.device.type == "cuda" else micro)
         return micro_batches
 
     def _submit(self) -> None:
@@ -101,20 +102,7 @@ class Prefetcher:
             self._next_step += 1
 
 
-def pin(value: torch.Tensor) -> torch.Tensor:
-    return value.contiguous().pin_memory()
-
-
-def pin_context(ctx: SequenceContext) -> SequenceContext:
-    pinned = {
-        name: pin(value)
-        for name in ("positions_BT", "doc_ids_BT", "cu_seqlens")
-        if (value := getattr(ctx, name)) is not None
-    }
-    return replace(ctx, **pinned)
-
-
-def check_rows(loader: TokenLoader, global_rows: int, world: int, micro_rows: int) -> None:
+def check_rows(loader: Rows, global_rows: int, world: int, micro_rows: int) -> None:
     """Raises ValueError when the rows cannot be shared out."""
     if loader.rows_per_epoch < world:
         raise ValueError(

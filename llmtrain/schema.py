@@ -119,17 +119,36 @@ class Passkey:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BitsPerByte:
+    stride: int | None
+    max_tokens: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextLine:
+    items: int
+    context_lines: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     checkpoint: str
     tasks: list[str]
     include_path: str | None
     limit: int | None
+    num_fewshot: int | None
+    max_length: int | None
+    add_bos: bool
+    log_samples: bool
     corpus: str | None
     batch_tokens: int
     device: Device
     precision: Precision
     out: str | None
     seed: int
+    bits_per_byte: BitsPerByte
+    next_line: NextLine
     passkey: Passkey
 
 

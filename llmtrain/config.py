@@ -13,13 +13,16 @@ from pathlib import Path
 
 import hydra
 import yaml
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from llmtrain import groups
 from llmtrain.validate import validate
+
+# Values without a default that a prepared corpus makes unnecessary.
+ONLY_PREP_READS = ("data.sources.", "data.val_sources.")
 
 
 def compose(
@@ -32,8 +35,17 @@ def compose(
     Raises ValueError for whatever is wrong with it.
     """
     found, typed = groups.options(config_dirs), groups.parse(overrides)
-    check_overrides(command, typed, found, config_dirs)
-    raw, choices = hydra_compose(command, overrides, config_dirs)
+    by_group = [override for override in typed if groups.is_group(override, found)]
+    values = [override for override in typed if override not in by_group]
+    for override in by_group:
+        groups.check_group(override, found, groups.defaults(command), command)
+    try:
+        raw, choices = hydra_compose(command, overrides, config_dirs)
+    except ValueError:
+        check_keys(command, by_group, values, config_dirs)  # says it better, if that is it
+        raise
+    if any(override.type != OverrideType.CHANGE for override in values):
+        check_keys(command, by_group, values, config_dirs)
     try:
         resolved = OmegaConf.to_container(raw, resolve=True)
     except OmegaConfBaseException as error:
@@ -42,6 +54,8 @@ def compose(
             "configuration in ${...}; fix it in the YAML file or override"
         ) from error
     for missing in sorted(OmegaConf.missing_keys(raw)):
+        if command != "prep" and missing.startswith(ONLY_PREP_READS):
+            continue
         raise ValueError(
             f"{missing}: no value, expected one on the command line; add {missing}=... "
             f"(see `llmtrain {command} --help`)"
@@ -51,24 +65,18 @@ def compose(
     return config
 
 
-def check_overrides(
+def check_keys(
     command: str,
-    typed: list[Override],
-    found: dict[str, list[str]],
+    by_group: list[Override],
+    values: list[Override],
     config_dirs: Sequence[str | Path],
 ) -> None:
-    """Check what was typed: groups and options against the defaults, then keys against the
-    configuration that these groups make."""
-    defaults = groups.defaults(command)
-    by_group = [override for override in typed if groups.is_group(override, found)]
-    for override in by_group:
-        groups.check_group(override, found, defaults, command)
-    lines = [override.input_line for override in by_group]
-    raw, _ = hydra_compose(command, lines, config_dirs)
+    """Check the keys that were typed against the configuration that the chosen groups make."""
+    raw, _ = hydra_compose(command, [override.input_line for override in by_group], config_dirs)
     plain = OmegaConf.to_container(raw, resolve=False)
-    for override in typed:
-        if override not in by_group:
-            groups.check_key(override, plain, found, grouped=bool(defaults))
+    names = groups.options(config_dirs) if groups.defaults(command) else {}
+    for override in values:
+        groups.check_key(override, plain, names)
 
 
 def hydra_compose(

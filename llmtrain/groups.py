@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import yaml
@@ -138,12 +138,10 @@ def check_group(
         raise ValueError(f"{text}: {package} is not mounted yet; write +{text} with a leading +")
 
 
-def check_key(
-    override: Override, config: dict, groups: dict[str, list[str]], *, grouped: bool
-) -> None:
+def check_key(override: Override, config: dict, groups: Collection[str]) -> None:
     """ValueError when an override sets a key that the composed configuration does not have.
 
-    grouped: whether the command takes groups.
+    groups: those that the command takes.
     """
     text, path = override.input_line, override.key_or_group.split(".")
     node: object = config
@@ -156,7 +154,7 @@ def check_key(
         if key not in node:
             siblings = [name for name in node if not name.startswith("_")]
             if depth == 0:
-                siblings = sorted({*siblings, *groups} if grouped else siblings)
+                siblings = sorted({*siblings, *groups})
             place = f"{parent} has" if parent else "the configuration has"
             raise ValueError(
                 f"{text}: {place} no key {key!r}, expected one of {', '.join(siblings)}."

@@ -16,6 +16,7 @@ from hydra.core.override_parser.types import Override
 from llmtrain import build, schema
 from llmtrain.groups import did_you_mean, given
 
+MISSING = "???"  # a value that only `llmtrain prep` needs
 # Keys of the model section that build.py reads itself; the others act through ${model.<key>}.
 READ_BY_BUILD = {"d_model", "n_layers", "vocab_size", "vocab_multiple", "max_seq_len"}
 # What `llmtrain prep` reads of the configuration that it shares with `llmtrain train`.
@@ -96,7 +97,7 @@ def check_part(node: dict, place: str) -> None:
                 f"{place}: {node['_target_']} has no knob {key!r}, expected some of "
                 f"{', '.join(names)}; remove it.{did_you_mean(key, names)}"
             )
-        if key in hints:
+        if key in hints and value != MISSING:
             schema.check_type(value, hints[key], f"{place.partition('=')[0]}.{key}")
 
 

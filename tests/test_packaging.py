@@ -56,11 +56,22 @@ def test_what_we_name_is_pinned():
 
 
 def test_make_targets_exist():
-    for target in ("install", "quickstart", "quickstart-fresh", "test", "test-slow", "lint"):
-        done = subprocess.run(
-            ["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+    targets = ["install", "quickstart", "quickstart-fresh", "test", "test-slow", "lint", "bench"]
+    done = subprocess.run(["make", "--dry-run", *targets], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_install_says_what_is_missing():
+    done = subprocess.run(
+        [ROOT / "scripts" / "install.sh", "no/such/venv"],
+        env={"PATH": "/usr/bin:/bin", "PYTHON": "/no/such/python"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        "install: got PYTHON=/no/such/python, expected Python 3.11 or newer; name another\n"
+    )
 
 
 def test_ci_runs_what_the_readme_promises():

@@ -46,7 +46,8 @@ def test_help_lists_the_users_options(tmp_path, capsys):
         (["trian"], "no command 'trian', expected one of prep, train, eval, generate, plan. Did"),
         (["plan", "mixer=atention"], "mixer=atention: no such option"),
         (["plan", "--config-dir", "no/such"], "--config-dir: no/such is not a folder"),
-        (["generate", "checkpoint=no/such"], "no/such"),
+        (["generate", "checkpoint=no/such"], "checkpoint no/such: got no manifest.json"),
+        (["train", "data.root=no/such"], "expected a directory made by `llmtrain prep`"),
     ],
 )
 def test_a_users_mistake(arguments, message, capsys):

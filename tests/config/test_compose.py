@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from llmtrain import build, config, groups
@@ -15,7 +17,10 @@ COMMANDS = {
 }
 OPTIONS = [(group, name) for group, names in groups.options().items() for name in names]
 # What an option cannot do without.
-WITH = {("tokenizer", "existing"): ["tokenizer.path=tokenizer.json", "model.vocab_size=50257"]}
+WITH = {
+    ("tokenizer", "existing"): ["tokenizer.path=tokenizer.json", "model.vocab_size=50257"],
+    ("model", "llama_1b"): ["tokenizer.vocab_size=32000"],
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -37,6 +42,14 @@ def test_every_option_composes(group, name):
 @pytest.mark.parametrize("command", ["train", "prep", "plan"])
 def test_every_group_has_a_default(command):
     assert set(groups.defaults(command)) == set(groups.options())
+
+
+def test_prep_needs_the_text_and_train_does_not():
+    assert config.compose("train", ["data=text"])["data"]["name"] == "text"
+    with pytest.raises(ValueError, match=r"data.sources.text.root: no value.*llmtrain prep --help"):
+        config.compose("prep", ["data=text"])
+    made = config.compose("prep", ["data=text", "data.sources.text.root=books"])
+    assert made["data"]["sources"]["text"]["root"] == "books"
 
 
 def test_overrides_win_and_are_kept():
@@ -93,6 +106,12 @@ def test_diff():
     assert changed["optimizer.lr"] == (old["optimizer"]["lr"], 0.5)
     assert set(changed) == {"optimizer.lr", "overrides"}
     assert config.diff({"a": {"b": 1}}, {"a": {}}) == {"a": (None, {}), "a.b": (1, None)}
+
+
+def test_only_build_instantiates():
+    package = Path(build.__file__).parent
+    users = [file for file in package.rglob("*.py") if "hydra.utils" in file.read_text()]
+    assert users == [package / "build.py"]
 
 
 def test_model_does_not_depend_on_other_parts():

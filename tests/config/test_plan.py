@@ -68,9 +68,3 @@ def test_command_prints_it(capsys):
     total = make_plan(compose("plan", ["model=gpt_124m"])).parameters["total"]
     assert f"{total:,}" in out
     assert "memory of each of 8 ranks" in out
-
-
-def test_dry_run_plans_and_stops(capsys, tmp_path):
-    assert cli.main(["train", "dry_run=true", f"run_dir={tmp_path}/run"]) == 0
-    assert "parameters" in capsys.readouterr().out
-    assert not (tmp_path / "run").exists()

@@ -108,7 +108,7 @@ class RoundsHard(Recurrence):
 
 class BreaksTheGraph(Recurrence):
     def forward(self, x_BTD, ctx, state=None):
-        scale = 1.0 if x_BTD.sum().item() < 0 else 1.0
+        scale = 2.0 if x_BTD.sum().item() < 0 else 1.0
         return super().forward(x_BTD * scale, ctx, state)
 
 

@@ -65,7 +65,7 @@ def select_backend(case: Case, requested: str = "auto") -> Choice:
         return Choice("sdpa", "only backend for training on this device", slow=False)
     if not case.half_cuda:
         return Choice(
-            "sdpa", "only backend for this dtype; train.precision=bf16 has faster ones", slow=True
+            "sdpa", "only backend for this dtype; half precision has faster ones", slow=True
         )
     reasons = []
     for backend in ("varlen", "flash_attn", "flex"):

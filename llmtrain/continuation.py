@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from tokenizers import Tokenizer
+from llmtrain_data.tokenizer import Existing, load_tokenizer
+from llmtrain_eval import ranks
 
 from llmtrain.build import DTYPES
 from llmtrain.checkpoint import load_model
 from llmtrain.generate import generate
-
-# Opens every document, so it stands before a prompt; generated, it says that the text ends.
-END_OF_TEXT = "<|endoftext|>"
 
 
 def continuations(config: dict) -> list[tuple[str, str]]:
@@ -18,12 +15,12 @@ def continuations(config: dict) -> list[tuple[str, str]]:
 
     ValueError when a prompt and its continuation are longer than the model's context.
     """
-    device = config["device"]
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = ranks.device(config["device"])
     loaded = load_model(config["checkpoint"], device, DTYPES[config["precision"]])
-    tokenizer = Tokenizer.from_file(str(loaded.tokenizer_file))
-    end = tokenizer.token_to_id(END_OF_TEXT)
+    tokenizer = load_tokenizer(loaded.tokenizer_file)
+    spec = Existing(path=str(loaded.tokenizer_file), eot=loaded.config["tokenizer"].get("eot"))
+    # It opens every document, so it stands before a prompt; generated, it ends the text.
+    end = tokenizer.token_to_id(spec.document_token(tokenizer))
     prompts = config["prompt"] if isinstance(config["prompt"], list) else [config["prompt"]]
     prompts = [prompt for prompt in prompts for _ in range(config["samples"])]
     tokens = [[end, *tokenizer.encode(prompt).ids] for prompt in prompts]

@@ -111,14 +111,6 @@ class PlanConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Passkey:
-    lengths: list[int]
-    depths: list[float]
-    samples: int
-    seed: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class BitsPerByte:
     stride: int | None
     max_tokens: int | None
@@ -128,6 +120,14 @@ class BitsPerByte:
 class NextLine:
     items: int
     context_lines: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passkey:
+    lengths: list[int]
+    depths: list[float]
+    samples: int
     seed: int
 
 

@@ -102,11 +102,12 @@ def check_part(node: dict, place: str) -> None:
 
 
 def positive(section: dict, keys: Collection[str], place: str) -> None:
-    """ValueError when one of these numbers is given and not above zero."""
+    """ValueError when one of these numbers is given and not above zero. place: of the section."""
     for key in keys:
         if section[key] is not None and section[key] <= 0:
+            name = f"{place}.{key}" if place else key
             raise ValueError(
-                f"{place}.{key}: got {section[key]}, expected more than 0; set {place}.{key}=..."
+                f"{name}: got {section[key]}, expected more than 0; set {name} to such a number"
             )
 
 
@@ -222,19 +223,34 @@ def check_plan(config: dict) -> None:
 
 
 def check_eval(config: dict, typed: list[Override]) -> None:
-    positive(config, ("limit", "batch_tokens"), "eval")
-    if not config["tasks"]:
+    """Numbers are positive, and nothing is typed that only tasks that are not asked for read."""
+    positive(config, ("limit", "max_length", "batch_tokens"), "")
+    positive(config["bits_per_byte"], ("stride", "max_tokens"), "bits_per_byte")
+    positive(config["next_line"], ("items", "context_lines"), "next_line")
+    positive(config["passkey"], ("samples",), "passkey")
+    tasks = config["tasks"]
+    if not tasks:
         raise ValueError("tasks: got an empty list, expected names; set tasks=[bits_per_byte]")
-    override = given(typed, "passkey")
-    if override and "passkey" not in config["tasks"]:
-        raise ValueError(
-            f"{override.input_line}: has no effect, passkey is not among "
-            f"tasks=[{','.join(config['tasks'])}]; add it, or remove this"
-        )
+    probes = {"bits_per_byte", "ngram"}
+    harness = set(tasks) - probes - {"passkey"}
+    readers = {
+        "bits_per_byte": (probes, probes & set(tasks)),
+        "next_line": ({"next_line"}, {"next_line"} & set(tasks)),
+        "passkey": ({"passkey"}, [task for task in tasks if task.startswith("passkey")]),
+    }
+    for key in ("limit", "num_fewshot", "max_length", "log_samples", "include_path"):
+        readers[key] = ({"a task of lm-eval"}, harness)
+    for key, (wanted, present) in readers.items():
+        override = given(typed, key)
+        if override and not present:
+            raise ValueError(
+                f"{override.input_line}: has no effect, {' or '.join(sorted(wanted))} is not among "
+                f"tasks=[{','.join(tasks)}]; add it, or remove this"
+            )
 
 
 def check_generate(config: dict, typed: list[Override]) -> None:
-    positive(config, ("max_new_tokens", "samples", "top_k", "top_p"), "generate")
+    positive(config, ("max_new_tokens", "samples", "top_k", "top_p"), "")
     if config["temperature"] < 0:
         raise ValueError(
             f"temperature: got {config['temperature']}, expected 0 (greedy) or more; "

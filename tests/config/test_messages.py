@@ -172,6 +172,16 @@ CASES = {
         ["checkpoint=runs/x", "tasks=[bits_per_byte]", "passkey.samples=2"],
         ["passkey.samples=2: has no effect", "tasks=[bits_per_byte]"],
     ),
+    "lm-eval's knob without its tasks": (
+        "eval",
+        ["checkpoint=runs/x", "tasks=[bits_per_byte,passkey]", "num_fewshot=2"],
+        ["num_fewshot=2: has no effect", "a task of lm-eval"],
+    ),
+    "evaluation of nothing": (
+        "eval",
+        ["checkpoint=runs/x", "next_line.items=0"],
+        ["next_line.items: got 0, expected more than 0"],
+    ),
     "no tasks": ("eval", ["checkpoint=runs/x", "tasks=[]"], ["tasks: got an empty list"]),
     "greedy with top_k": (
         "generate",

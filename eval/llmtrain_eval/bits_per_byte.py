@@ -22,6 +22,7 @@ import torch
 from llmtrain_data.manifest import Manifest, open_split
 from torch import Tensor
 
+from llmtrain.context import SequenceContext
 from llmtrain.data.loader import Batch
 from llmtrain.data.stream import TokenStream
 from llmtrain.model.language_model import LanguageModel
@@ -116,9 +117,11 @@ def spread(count: int, share: float) -> np.ndarray:
 
 def all_batches(streams: Sequence[HeldOut], batch_tokens: int) -> list[tuple[HeldOut, np.ndarray]]:
     """(stream, rows) of every forward pass."""
-    return [
-        (one, rows) for one in streams for rows in one.batches(max(1, batch_tokens // one.seq_len))
-    ]
+    parts = []
+    for one in streams:
+        size = max(1, batch_tokens // one.seq_len)
+        parts += [(one, one.rows[i : i + size]) for i in range(0, len(one.rows), size)]
+    return parts
 
 
 def bits_per_byte(
@@ -191,7 +194,10 @@ def score_batch(
 ) -> np.ndarray:
     """log p of the scored targets, float64 [N]."""
     device = model.embedding.weight.device
-    ctx = batch.context(mask_documents=mask_documents)
+    if mask_documents:
+        ctx = SequenceContext.packed(batch.doc_starts_BT)
+    else:
+        ctx = SequenceContext.dense(*batch.tokens_BT.shape)
     hidden_BTD = model(batch.tokens_BT.to(device), ctx.to(device)).hidden_BTD
     targets_N = batch.targets_BT[scored_BT].to(device)
     return log_probabilities(model, hidden_BTD[scored_BT.to(device)], targets_N)[0]

@@ -27,17 +27,18 @@ def config_root() -> Path:
 
 
 def options(config_dirs: Sequence[str | Path] = ()) -> dict[str, list[str]]:
-    """Group -> its options, sorted: the folders and files of the shipped and the given folders."""
-    found: dict[str, set[str]] = {}
-    for root in (config_root(), *map(Path, config_dirs)):
+    """Group -> its options, sorted: the files of the shipped and the given folders."""
+    shipped = sorted(folder for folder in config_root().iterdir() if folder.is_dir())
+    found = {folder.name: {file.stem for file in folder.glob("*.yaml")} for folder in shipped}
+    for root in map(Path, config_dirs):
         if not root.is_dir():
             raise ValueError(
                 f"--config-dir: {root} is not a folder, expected one that holds group folders "
                 "such as mixer/; check the path"
             )
-        for file in root.glob("*/*.yaml"):
-            found.setdefault(file.parent.name, set()).add(file.stem)
-    return {group: sorted(names) for group, names in sorted(found.items())}
+        for group, names in found.items():
+            names.update(file.stem for file in (root / group).glob("*.yaml"))
+    return {group: sorted(names) for group, names in found.items() if names}
 
 
 def primaries(command: str) -> list[Path]:

@@ -9,11 +9,10 @@ from dataclasses import replace
 
 import torch
 
-from llmtrain.context import SequenceContext
-from llmtrain.data.loader import Batch, TokenLoader
+from llmtrain.data.batch import MicroBatch
+from llmtrain.data.loader import TokenLoader
 from llmtrain.plan import Plan
 from llmtrain.train.distributed import World
-from llmtrain.train.module import MicroBatch
 
 log = logging.getLogger(__name__)
 
@@ -69,20 +68,6 @@ def device_memory(device: torch.device) -> int:
     return physical // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def to_micro_batch(batch: Batch, ctx: SequenceContext) -> MicroBatch:
-    """A batch with its context, both on the device, as the engine takes it.
-
-    The row length becomes the bound of document lengths: the longest document differs from batch to
-    batch, and compiled code would be made anew for each.
-    """
-    return MicroBatch(
-        tokens_BT=batch.tokens_BT,
-        targets_BT=batch.targets_BT,
-        weights_BT=batch.weights_BT,
-        ctx=replace(ctx, max_seqlen=batch.tokens_BT.shape[1]),
-    )
-
-
 class HeldOut:
     """The same held-out rows at every validation, divided among the ranks.
 
@@ -111,5 +96,4 @@ class HeldOut:
             batch = self.loader.batch(first, self.micro_rows)
             beyond_B = first + torch.arange(self.micro_rows) >= self.rows
             batch = replace(batch, weights_BT=batch.weights_BT.masked_fill(beyond_B[:, None], 0.0))
-            ctx = batch.context(mask_documents=self.mask_documents)
-            yield to_micro_batch(batch.to(self.device), ctx.to(self.device))
+            yield MicroBatch.of(batch, mask_documents=self.mask_documents).to(self.device)

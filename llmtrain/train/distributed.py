@@ -6,6 +6,7 @@ ones make it search for MPI).
 
 from __future__ import annotations
 
+import atexit
 import re
 import socket
 from collections.abc import MutableMapping
@@ -97,9 +98,15 @@ def choose_device(name: str, world: World) -> torch.device:
 
 
 def start(world: World, device: torch.device) -> None:
-    """Join the process group: NCCL between GPUs, gloo between CPU processes."""
+    """Join the process group: NCCL between GPUs, gloo between CPU processes.
+
+    It is left at the end of the process, not of a training: DeepSpeed keeps its first group.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    if dist.is_initialized():
+        return
+    atexit.register(leave)  # without it ranks may abort at exit
     dist.init_process_group(
         BACKENDS[device.type],
         rank=world.rank,
@@ -127,13 +134,7 @@ def broadcast_object(value: object, world: World) -> object:
     return values[0]
 
 
-def shutdown() -> None:
-    """Leave the process group when all ranks are done."""
-    dist.barrier()
-    leave()
-
-
 def leave() -> None:
-    """Leave the process group without waiting for anyone."""
+    """Leave the process group; it waits for nobody."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -22,12 +22,12 @@ from llmtrain_data.manifest import TOKEN_BYTES_FILE, TOKENIZER_FILE
 
 from llmtrain.data.loader import Prefetcher
 from llmtrain.train import distributed, resume
-from llmtrain.train.batches import HeldOut, to_micro_batch
+from llmtrain.train.batches import HeldOut
 from llmtrain.train.checkpoint import CheckpointWriter
 from llmtrain.train.engine import Engine, Pending, bits_per_byte
 from llmtrain.train.guard import SkipGuard, StopRequest
 from llmtrain.train.meter import Meter, peak_memory
-from llmtrain.train.runlog import RunLog
+from llmtrain.train.runlog import LOGGERS, RunLog
 from llmtrain.train.setup import Setup
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,8 @@ def train(config: dict) -> dict:
     """
     world = distributed.discover(os.environ)
     if world.rank:
-        logging.getLogger("llmtrain").setLevel(logging.ERROR)
+        for name in LOGGERS:
+            logging.getLogger(name).setLevel(logging.ERROR)
     device = distributed.choose_device(config["train"]["device"], world)
     setup = Setup.check(config, world, device)
     if world.rank == 0:
@@ -50,19 +51,12 @@ def train(config: dict) -> dict:
         return {"dry_run": True, "steps": setup.plan.steps, "tokens": setup.plan.tokens}
     torch.use_deterministic_algorithms(config["train"]["deterministic"])
     distributed.start(world, device)
-    run = None
-    try:
-        with StopRequest() as stop:
-            run = Run(setup, stop)
-            summary = run.train()
-    except BaseException:
-        distributed.leave()  # other ranks may be gone: no farewell
-        raise
-    finally:
-        if run is not None:
+    with StopRequest() as stop:
+        run = Run(setup, stop)
+        try:
+            return run.train()
+        finally:
             run.close()
-    distributed.shutdown()
-    return summary
 
 
 class Run:
@@ -77,7 +71,9 @@ class Run:
         start = resume.choose(self.knobs["resume"], setup.run_dir, self.world)
         trainer = {"step": 0, "skipped": 0}
         if start is not None:
-            trainer = resume.check_compatible(start, setup.config, setup.loader.fingerprint)
+            trainer = resume.read_trainer(start)
+            resume.check_config(start, setup.config)
+            resume.check_corpus(start, trainer, setup.loader.fingerprint)
         self.step = self.saved_step = self.first_step = trainer["step"]
         self.guard = SkipGuard(self.knobs["max_skipped"], trainer["skipped"])
 
@@ -172,8 +168,8 @@ class Run:
         """Forward and backward of this rank's micro-batches, and the update."""
         micros = next(batches)
         self.meter.waited += batches.waited_seconds
-        for i, (batch, ctx) in enumerate(micros):
-            self.engine.accumulate(to_micro_batch(batch, ctx), last=i == len(micros) - 1)
+        for i, micro in enumerate(micros):
+            self.engine.accumulate(micro, last=i == len(micros) - 1)
         lr = self.setup.optimizer.lr * self.setup.schedule.ratio(self.step)
         self.step += 1
         stop = self.stop.requested is not None
@@ -286,5 +282,6 @@ class Run:
         return summary
 
     def close(self) -> None:
+        gc.unfreeze()
         self.log.close()
         self.engine.close()

@@ -8,25 +8,15 @@ however ranks and micro-batches cut it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from llmtrain.context import SequenceContext
+from llmtrain.data.batch import MicroBatch
 
 # Order of the entries of MicroOutput.sums.
 SUMS = ("loss", "ce", "weight", "bytes")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """tokens_BT, targets_BT int64; weights_BT float32; all on the device of the model."""
-
-    tokens_BT: Tensor
-    targets_BT: Tensor
-    weights_BT: Tensor
-    ctx: SequenceContext
 
 
 class TrainModule(nn.Module):

@@ -122,11 +122,8 @@ def free_name(path: Path, suffix: str = "") -> Path:
     return candidate
 
 
-def check_compatible(path: Path, config: dict, data_fingerprint: str) -> dict:
-    """ValueError naming the keys when this configuration cannot continue that checkpoint.
-
-    Returns the checkpoint's trainer.json.
-    """
+def check_config(path: Path, config: dict) -> None:
+    """ValueError naming the keys when this configuration cannot continue that checkpoint."""
     saved = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     changed = {
         key: values
@@ -139,14 +136,21 @@ def check_compatible(path: Path, config: dict, data_fingerprint: str) -> dict:
             f"train.resume: {path} was made with another configuration: {shown}. Set these keys "
             "back to continue it, or start over with train.resume=never or another run_dir"
         )
-    trainer = json.loads((path / "trainer.json").read_text(encoding="utf-8"))
-    if trainer["data_fingerprint"] != data_fingerprint:
+
+
+def read_trainer(path: Path) -> dict:
+    """The checkpoint's counters."""
+    return json.loads((path / "trainer.json").read_text(encoding="utf-8"))
+
+
+def check_corpus(path: Path, trainer: dict, fingerprint: str) -> None:
+    """ValueError when the checkpoint was trained on other tokens."""
+    if trainer["data_fingerprint"] != fingerprint:
         raise ValueError(
             f"train.resume: {path} was trained on the corpus {trainer['data_fingerprint'][:12]}, "
-            f"got {data_fingerprint[:12]} now; point data.root and data.name to the first one, or "
+            f"got {fingerprint[:12]} now; point data.root and data.name to the first one, or "
             "start over with train.resume=never or another run_dir"
         )
-    return trainer
 
 
 def matches(key: str, patterns: tuple[str, ...]) -> bool:

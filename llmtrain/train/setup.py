@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from llmtrain_data.manifest import TOKEN_BYTES_FILE, Manifest
+from llmtrain_data.manifest import Manifest
 
 from llmtrain import build
 from llmtrain.accounting import train_flops_per_token
@@ -88,8 +87,7 @@ class Setup:
         )
         model.stack.activation_checkpointing = knobs["activation_checkpointing"]
         objective = build.build_objective(self.config)
-        token_bytes = np.load(self.corpus / TOKEN_BYTES_FILE).astype(np.int64)
-        return TrainModule(model, objective, torch.from_numpy(token_bytes))
+        return TrainModule(model, objective, self.loader.token_bytes)
 
     def flops(self) -> float:
         """FLOPs of a training token."""

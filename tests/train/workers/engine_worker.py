@@ -135,7 +135,6 @@ def main() -> None:
             resume.restore(path, engine, {"optimizer_steps": SAVE_AT})
             dump(engine, out / f"stage{stage}-from{source}{other.name}")
             engine.close()
-    distributed.shutdown()
 
 
 if __name__ == "__main__":

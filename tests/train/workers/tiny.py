@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmtrain.context import SequenceContext
-from llmtrain.train.module import MicroBatch, TrainModule
+from llmtrain.data.batch import MicroBatch
+from llmtrain.train.module import TrainModule
 from llmtrain.train.optimizer import AdamW
 
 VOCAB, WIDTH, TOKENS = 37, 13, 8

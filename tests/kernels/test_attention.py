@@ -199,13 +199,16 @@ def test_flex_is_the_reference(arguments, packed):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiles_as_one_graph(packed):
-    arguments = {"doc_ids_BT": documents(33)} if packed else {}
+    """Also when every size of the inputs changes between calls."""
     torch._dynamo.reset()
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
-    q, k, v = inputs(33)
-    torch.testing.assert_close(
-        compiled(q, k, v, **arguments), attention(q, k, v, **arguments), **EXACT
-    )
+    for tokens, width, heads in ((33, 8, 6), (34, 16, 4), (35, 24, 2)):
+        arguments = {"doc_ids_BT": documents(tokens)} if packed else {}
+        q, k, v = inputs(tokens, k_width=width)
+        q = q[:, :, :heads]
+        torch.testing.assert_close(
+            compiled(q, k, v, **arguments), attention(q, k, v, **arguments), **EXACT
+        )
 
 
 def test_order_of_cuda_kernels_compiles(monkeypatch):

@@ -124,6 +124,21 @@ def test_choice_is_logged_once(caplog):
     assert "half precision has faster ones" in caplog.text
 
 
+def test_reason_names_the_order_of_cuda_kernels():
+    assert select_backend(H100).reason == "dense rows, cuDNN first"
+    assert select_backend(replace(H100, training=False)).reason == "dense rows"
+    assert select_backend(replace(H100, capability=(8, 0))).reason == "dense rows"
+
+
+def test_a_window_that_hides_nothing_is_none(caplog):
+    caplog.set_level(logging.INFO, logger="llmtrain_kernels")
+    announced.cache_clear()
+    q = torch.randn(1, 3, 1, 8)
+    assert attention(q, q, q, window=3).equal(attention(q, q, q))
+    assert len(caplog.messages) == 1
+    assert not attention(q, q, q, window=2).equal(attention(q, q, q))
+
+
 def test_a_compiled_first_call_is_logged(caplog):
     caplog.set_level(logging.INFO, logger="llmtrain_kernels")
     announced.cache_clear()

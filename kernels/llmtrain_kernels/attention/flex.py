@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from operator import index
 
 import torch
 from einops import rearrange
@@ -42,14 +43,14 @@ def attend(
     """The block mask and the attention, as one function to compile."""
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        shown = i >= j if causal else i == i
+        shown = i >= j if causal else i >= 0
         if window is not None:
             shown = shown & ((i - j).abs() < window)
         if doc_ids_BT is not None:
             shown = shown & (doc_ids_BT[b, i] == doc_ids_BT[b, j])
         return shown
 
-    batch, heads, tokens = q_BHTK.shape[:3]
+    batch, tokens = q_BHTK.shape[0], q_BHTK.shape[2]
     block_mask = create_block_mask(
         visible,
         None if doc_ids_BT is None else batch,
@@ -64,7 +65,7 @@ def attend(
         v_BGSV,
         block_mask=block_mask,
         scale=scale,
-        enable_gqa=heads > k_BGSK.shape[1],
+        enable_gqa=index(q_BHTK.shape[1]) > index(k_BGSK.shape[1]),
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import index
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from llmtrain_kernels.attention.select import BACKENDS, announced
 def resolve(
     requested: str,
     device: str,
-    index: int | None,
+    ordinal: int | None,
     dtype: torch.dtype,
     heads: int,
     kv_heads: int,
@@ -27,7 +29,7 @@ def resolve(
     training: bool,
 ) -> str:
     """Name of the backend. Plain values in and out: under torch.compile it runs while tracing."""
-    capability = torch.cuda.get_device_capability(index) if device == "cuda" else None
+    capability = torch.cuda.get_device_capability(ordinal) if device == "cuda" else None
     case = Case(
         device=device,
         capability=capability,
@@ -76,6 +78,8 @@ def attention(
     """
     documents, cache = doc_ids_BT is not None, k_positions_BS is not None
     check(q_BTHK, k_BSGK, v_BSGV, window, documents, q_positions_BT is not None, cache)
+    if window is not None and not cache and window >= q_BTHK.shape[1]:
+        window = None  # it hides nothing
     boundaries = cu_seqlens is not None and max_seqlen is not None
     if boundaries and not documents:
         raise ValueError(
@@ -87,10 +91,11 @@ def attention(
         q_BTHK.device.type,
         q_BTHK.device.index,
         q_BTHK.dtype,
-        q_BTHK.shape[2],
-        k_BSGK.shape[2],
-        q_BTHK.shape[3],
-        v_BSGV.shape[3],
+        # index() fixes a size that torch.compile would leave open
+        index(q_BTHK.shape[2]),
+        index(k_BSGK.shape[2]),
+        index(q_BTHK.shape[3]),
+        index(v_BSGV.shape[3]),
         causal,
         window,
         documents,

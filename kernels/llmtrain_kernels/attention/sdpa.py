@@ -11,6 +11,7 @@ builds a plan for every new shape, so inference, whose lengths vary, stays with 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from llmtrain_kernels.attention.case import Case
 from llmtrain_kernels.attention.mask import visible_BTS
 
+CUDNN_MAJORS = (9, 10)  # compute capabilities on which cuDNN's kernels beat flash
 CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -42,8 +44,8 @@ def unsupported(case: Case) -> str | None:
 
 @torch.compiler.assume_constant_result
 def prefers_cudnn() -> bool:
-    """Whether the current CUDA device is one on which cuDNN's attention beats flash."""
-    return torch.cuda.get_device_capability()[0] in (9, 10)
+    """Whether the current CUDA device is one of CUDNN_MAJORS."""
+    return torch.cuda.get_device_capability()[0] in CUDNN_MAJORS
 
 
 def kernel_order(q: Tensor, masked: bool) -> AbstractContextManager:
@@ -70,7 +72,7 @@ def run(
     k_positions_BS: Tensor | None = None,
 ) -> Tensor:
     """o_BTHV. Arguments as attention(); cu_seqlens and max_seqlen repeat doc_ids_BT."""
-    tokens, heads, groups = q_BTHK.shape[1], q_BTHK.shape[2], k_BSGK.shape[2]
+    tokens, heads, groups = q_BTHK.shape[1], index(q_BTHK.shape[2]), index(k_BSGK.shape[2])
     k_BGSK = rearrange(k_BSGK, "b s g k -> b g s k")
     v_BGSV = rearrange(v_BSGV, "b s g v -> b g s v")
     mask_B1TS = None
@@ -94,9 +96,11 @@ def run(
             return rearrange(o_BGrV, "b g r v -> b 1 (g r) v")
     # Only CUDA's flash and cuDNN kernels, and the CPU's, read a group for several heads.
     half = q_BTHK.dtype in (torch.bfloat16, torch.float16)
-    if heads > groups and q_BTHK.is_cuda and (mask_B1TS is not None or not half):
+    grouped = heads > groups
+    if grouped and q_BTHK.is_cuda and (mask_B1TS is not None or not half):
         k_BGSK = repeat(k_BGSK, "b g s k -> b (g r) s k", r=heads // groups)
         v_BGSV = repeat(v_BGSV, "b g s v -> b (g r) s v", r=heads // groups)
+        grouped = False
     with kernel_order(q_BTHK, masked=mask_B1TS is not None):
         o_BHTV = F.scaled_dot_product_attention(
             rearrange(q_BTHK, "b t h k -> b h t k"),
@@ -105,6 +109,6 @@ def run(
             attn_mask=mask_B1TS,
             is_causal=causal and mask_B1TS is None,
             scale=scale,
-            enable_gqa=k_BGSK.shape[1] < heads,
+            enable_gqa=grouped,
         )
     return rearrange(o_BHTV, "b h t v -> b t h v")

@@ -58,9 +58,12 @@ def select_backend(case: Case, requested: str = "auto") -> Choice:
                 "set mixer.backend=auto"
             )
         return Choice(requested, "asked for", slow=False)
-    sparse = not case.cache and (case.documents or case.window is not None)
+    sparse = case.documents or case.window is not None
+    if case.cache:
+        return Choice("sdpa", "a cache is a mask", slow=False)
     if not sparse:
-        return Choice("sdpa", "a cache is a mask" if case.cache else "dense rows", slow=False)
+        cudnn = case.half_cuda and case.training and case.capability[0] in sdpa.CUDNN_MAJORS
+        return Choice("sdpa", "dense rows" + (", cuDNN first" if cudnn else ""), slow=False)
     if case.device != "cuda":
         return Choice("sdpa", "only backend for training on this device", slow=False)
     if not case.half_cuda:

@@ -9,6 +9,7 @@ expresses causality as window_size=(-1, 0), 2.12 wants enable_gqa said.
 from __future__ import annotations
 
 import inspect
+from operator import index
 
 import torch
 from einops import rearrange
@@ -59,7 +60,6 @@ def run(
     k_positions_BS: Tensor | None = None,
 ) -> Tensor:
     """o_BTHV. Arguments as attention(); doc_ids_BT repeats cu_seqlens, positions are not taken."""
-    batch, heads, groups = q_BTHK.shape[0], q_BTHK.shape[2], k_BSGK.shape[2]
     boundaries, longest = flatten_rows(q_BTHK, cu_seqlens, max_seqlen)
     options = {}
     if "window_size" in PARAMETERS:
@@ -71,7 +71,7 @@ def run(
     elif scale is not None:
         q_BTHK = q_BTHK * (scale * q_BTHK.shape[-1] ** 0.5)  # it divides by sqrt(K) itself
     if "enable_gqa" in PARAMETERS:
-        options["enable_gqa"] = heads > groups
+        options["enable_gqa"] = index(q_BTHK.shape[2]) > index(k_BSGK.shape[2])
     o_NHV = varlen_attn(
         rearrange(q_BTHK, "b t h k -> (b t) h k"),
         rearrange(k_BSGK, "b s g k -> (b s) g k"),
@@ -82,4 +82,4 @@ def run(
         longest,
         **options,
     )
-    return rearrange(o_NHV, "(b t) h v -> b t h v", b=batch)
+    return rearrange(o_NHV, "(b t) h v -> b t h v", b=q_BTHK.shape[0])

@@ -70,14 +70,14 @@ def cut(text: str, limit: int = SEGMENT_CHARS) -> list[str]:
     return parts
 
 
-def batches(segments: Iterable[Segment], limit: int = BATCH_CHARS) -> Iterator[list[Segment]]:
-    """Consecutive segments, in lists of at least limit characters (the last may have fewer)."""
+def batches(segments: Iterable[Segment]) -> Iterator[list[Segment]]:
+    """Consecutive segments, in lists of BATCH_CHARS or more (the last may have fewer)."""
     batch: list[Segment] = []
     chars = 0
     for segment in segments:
         batch.append(segment)
         chars += len(segment.text)
-        if chars >= limit:
+        if chars >= BATCH_CHARS:
             yield batch
             batch, chars = [], 0
     if batch:

@@ -196,9 +196,10 @@ class CorpusWriter:
 class Skipper:
     """Recognises the documents of one target that finished shards already hold."""
 
-    def __init__(self, target: Target, finished: list[Finished]):
+    def __init__(self, partial: Partial, target: Target):
+        self.partial = partial
         self.target = target
-        self._left = list(finished)
+        self._left = list(partial.finished.get(target, []))
         self._seen = 0
         self._contents = hashlib.sha256()
 
@@ -214,7 +215,7 @@ class Skipper:
                 raise ValueError(
                     f"source {self.target[1]!r}, split {self.target[0]!r}: the documents of "
                     f"{self._left[0].info.file} are not those of the interrupted run, expected the "
-                    "same documents in the same order; set overwrite=true to start over"
+                    f"same documents in the same order; delete {self.partial.root} to start over"
                 )
             self._left.pop(0)
             self._seen, self._contents = 0, hashlib.sha256()

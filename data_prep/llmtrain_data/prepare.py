@@ -201,7 +201,7 @@ class Job:
     def encode(self, writer: CorpusWriter, sha256: str, limit: int | None) -> None:
         progress = Progress(f"tokenizing with {self.workers} processes", total=self.total_bytes)
         results = encode_segments(
-            self.segments(limit),
+            self.segments(limit, progress),
             tokenizer_path=str(self.partial.root / TOKENIZER_FILE),
             tokenizer_sha256=sha256,
             workers=self.workers,
@@ -220,13 +220,14 @@ class Job:
             writer.abort()
         progress.finish()
 
-    def segments(self, limit: int | None) -> Iterator[Segment]:
+    def segments(self, limit: int | None, progress: Progress) -> Iterator[Segment]:
         """What is still to be encoded, in writing order."""
         skippers: dict[Target, Skipper] = {}
         for target, text, data, content in self.documents():
             if target not in skippers:
-                skippers[target] = Skipper(target, self.partial.finished.get(target, []))
+                skippers[target] = Skipper(self.partial, target)
             if skippers[target].done(content):
+                progress.skip(len(data))
                 continue
             if limit is None or len(text) <= limit:
                 yield Segment(text=text, bytes=len(data), target=target, content=content)

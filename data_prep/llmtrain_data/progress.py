@@ -33,6 +33,10 @@ class Progress:
             self._shown = time.monotonic()
             self._print(end="\r" if self._live else "\n")
 
+    def skip(self, size: int) -> None:
+        """That many bytes of the total were done by an earlier run."""
+        self.total -= size
+
     def finish(self) -> None:
         self._print(end="\n", final=True)
 
@@ -45,7 +49,7 @@ class Progress:
         line += f", {rate / 1e6:,.1f} MB/s"
         if final:
             line += f", {seconds:,.1f} s"
-        elif self.total and rate:
+        elif self.total > 0 and rate:
             left = max(self.total - self.bytes, 0) / rate
             line += f", {100 * self.bytes / self.total:.0f} %, {left:,.0f} s left"
         print(line.ljust(100) if self._live else line, end=end, file=sys.stderr, flush=True)

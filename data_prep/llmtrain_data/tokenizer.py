@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+log = logging.getLogger(__name__)
 EOT = "<|endoftext|>"
 KNOWN_EOTS = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
 BYTE_CHARACTERS = frozenset(pre_tokenizers.ByteLevel.alphabet())
@@ -91,7 +93,15 @@ class Bpe:
         }
 
     def build(self, texts: Sequence[str]) -> bytes:
-        return train_bpe(texts, self).to_str().encode()
+        tokenizer = train_bpe(texts, self)
+        if (size := vocab_span(tokenizer)) < self.vocab_size:
+            log.warning(
+                "tokenizer=bpe: the sample has merges for %d tokens only, vocab_size=%d was asked "
+                "for; the smaller vocabulary is used",
+                size,
+                self.vocab_size,
+            )
+        return tokenizer.to_str().encode()
 
     def document_token(self, tokenizer: Tokenizer) -> str:
         return EOT
@@ -193,7 +203,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     file = tokenizer_file(path)
     try:
         content = file.read_text(encoding="utf-8")
-        json.loads(content)
+        fields = json.loads(content)
     except OSError as error:
         raise ValueError(
             f"tokenizer {str(path)!r}: cannot read {file} ({error.strerror}); expected a "
@@ -204,6 +214,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ValueError(
             f"tokenizer {file}: not JSON ({error}); expected a tokenizer.json of `tokenizers`"
         ) from error
+    if not isinstance(fields, dict) or "model" not in fields:
+        raise ValueError(
+            f"tokenizer {file}: not a tokenizer (no field 'model'); expected a tokenizer.json of "
+            "`tokenizers`"
+        )
     tokenizer = Tokenizer.from_str(content)
     tokenizer.no_truncation()
     tokenizer.no_padding()

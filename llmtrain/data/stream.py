@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 from llmtrain_data.shards import Shard
@@ -14,8 +16,8 @@ class TokenStream:
     def __init__(self, name: str, shards: Sequence[Shard]):
         self.name = name
         self.shards = shards
-        self.begins = np.cumsum([0, *(len(shard.tokens) for shard in shards)])
-        self.tokens = int(self.begins[-1])
+        self.begins = [0, *accumulate(len(shard.tokens) for shard in shards)]
+        self.tokens = self.begins[-1]
 
     def rows(self, seq_len: int) -> int:
         """Rows that give every token but the first as a target exactly once."""
@@ -28,15 +30,16 @@ class TokenStream:
         """
         end = min(begin + len(out_T), self.tokens)
         place = begin
-        index = int(np.searchsorted(self.begins, begin, side="right")) - 1
+        index = bisect_right(self.begins, begin) - 1
         while place < end:
             shard = self.shards[index]
-            low = place - int(self.begins[index])
+            low = place - self.begins[index]
             high = min(low + end - place, len(shard.tokens))
             offset = place - begin
             out_T[offset : offset + high - low] = shard.tokens[low:high]
-            first, last = np.searchsorted(shard.starts[:-1], (low, high))
-            doc_starts_T[shard.starts[first:last] - low + offset] = True
+            first, last = shard.starts[:-1].searchsorted((low, high))
+            if first < last:
+                doc_starts_T[shard.starts[first:last] + (offset - low)] = True
             place += high - low
             index += 1
         return end - begin

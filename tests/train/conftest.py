@@ -77,6 +77,11 @@ SMALL = (
 )
 
 
+@pytest.fixture(scope="session")
+def small() -> tuple[str, ...]:
+    return SMALL
+
+
 @pytest.fixture
 def configure(corpus: list[str], tmp_path: Path) -> Callable[..., dict]:
     """configure("run", "train.keep=1", ...) -> a train configuration whose run_dir is tmp/run."""

@@ -354,3 +354,31 @@ def test_compiled_follows_eager(configure, tmp_path, what):
         for name in ("eager", "compiled")
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_two_ranks(workers, corpus, small, configure, tmp_path):
+    """Signal to one rank, resume, a full disk on one rank, and the losses of one rank."""
+    common = ("train.total_tokens=10240", "train.keep=9")
+    workers("loop_worker.py", 2, tmp_path, *corpus, *small, *common)
+    train(configure("alone", *common))
+    last = "checkpoints/step-00000040"
+    alone = lines(tmp_path / "alone", "ledger")
+    for stage in ("zero1", "zero3"):
+        straight, broken = (tmp_path / f"{kind}-{stage}" for kind in ("straight", "broken"))
+        assert 3 <= lines(broken, "starts")[1]["resumed_step"] < 40
+        assert lines(straight, "ledger") == lines(broken, "ledger")
+        assert same(straight / last, broken / last)
+        for ours, one in zip(lines(straight, "ledger"), alone, strict=True):
+            assert ours["loss"] == pytest.approx(one["loss"], rel=1e-5)
+            assert ours["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+            assert ours["tokens"] == one["tokens"]
+        val, expected = (
+            [line["bits_per_byte"] for line in lines(run_dir, "metrics") if line["kind"] == "val"]
+            for run_dir in (straight, tmp_path / "alone")
+        )
+        assert val == pytest.approx(expected, rel=1e-5)
+    said = [(tmp_path / f"failed-rank{rank}.txt").read_text() for rank in (0, 1)]
+    assert said[0] == said[1]
+    assert "checkpoint of step 5: could not be written" in said[0]
+    assert "rank 1: [Errno 28] No space left on device" in said[0]
+    assert not list((tmp_path / "failed" / "checkpoints").iterdir())

@@ -118,7 +118,7 @@ class Rope(NoPosition):
                 f"fraction={fraction}), expected an even one; set position.fraction or "
                 "model.head_dim"
             )
-        self.interleaved = interleaved
+        self.theta, self.scaling, self.interleaved = theta, scaling, interleaved
         numbers = {
             "factor": factor,
             "original_max_seq_len": original_max_seq_len,

@@ -27,6 +27,8 @@ D, B, T, LAYERS = 16, 2, 24, 4
 SIZES = {"d_model": D, "n_heads": 4, "n_kv_heads": 2, "head_dim": None, "init_std": 0.3}
 # Knobs that bring a mixer's edges (a window, a chunk) inside rows of T tokens.
 SMALL = {"sliding_window": {"window": 5}}
+# Further knobs worth the whole suite: name -> (YAML, knobs).
+VARIANTS = {"qk_norm_and_bias": ("attention", {"qk_norm": True, "bias": True})}
 FACTS = {"layer_idx": 1, "n_layers": LAYERS}
 EXACT = {"rtol": 1e-9, "atol": 1e-9}  # float64, sums in another order
 
@@ -39,10 +41,11 @@ class Subject:
         if name in toys:
             self.cls, self.node = toys[name], {"init_std": 0.2}
             return
+        yaml, changes = VARIANTS.get(name, (name, SMALL.get(name, {})))
         sizes = OmegaConf.merge(OmegaConf.load(CONFIGS / "model" / "tiny.yaml"), SIZES)
         config = OmegaConf.create({"model": sizes})
-        config.mixer = OmegaConf.load(CONFIGS / "mixer" / f"{name}.yaml")
-        self.node = {**OmegaConf.to_container(config, resolve=True)["mixer"], **SMALL.get(name, {})}
+        config.mixer = OmegaConf.load(CONFIGS / "mixer" / f"{yaml}.yaml")
+        self.node = {**OmegaConf.to_container(config, resolve=True)["mixer"], **changes}
         self.cls = target(self.node, f"mixer={name}")
 
     def empty(self, **changes):
@@ -58,7 +61,7 @@ class Subject:
         return mixer.to(dtype)
 
 
-@pytest.fixture(params=[*NAMES, "Recurrence"])
+@pytest.fixture(params=[*NAMES, *VARIANTS, "Recurrence"])
 def subject(request, toy_mixers):
     return Subject(request.param, toy_mixers)
 

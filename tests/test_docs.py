@@ -17,13 +17,13 @@ DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/REA
 
 
 def commands() -> list[str]:
-    """Every `llmtrain ...` command line in a code block of the documents."""
+    """Every `llmtrain ...` command line in a code block of the documents; `<name>`: any mixer."""
     found = []
     for file in DOCS:
         for block in re.findall(r"(?ms)^```\w*\n(.*?)^```", file.read_text(encoding="utf-8")):
             for line in block.replace("\\\n", " ").splitlines():
                 if re.search(r"(^|-m )llmtrain(\.cli)? ", line):
-                    found.append(line)
+                    found.append(line.replace("<name>", "mqa"))
     return found
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import logging
+import os
 import platform
+import re
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -44,8 +47,9 @@ class LocalFiles:
         self.exclude = tuple(exclude)
         self.errors = check_choice("data source LocalFiles, errors", errors, ERROR_POLICIES)
 
+    @functools.cached_property
     def files(self) -> list[Path]:
-        """The matching files, sorted. Raises ValueError when there is none."""
+        """The matching files, sorted, listed once. Raises ValueError when there is none."""
         if not self.root.is_dir():
             raise ValueError(
                 f"data source LocalFiles: root {str(self.root)!r} is not a directory; "
@@ -66,12 +70,12 @@ class LocalFiles:
             "patterns": list(self.patterns),
             "exclude": list(self.exclude),
             "errors": self.errors,
-            **describe_files(self.files(), self.root),
+            **describe_files(self.files, self.root),
         }
 
     def __iter__(self) -> Iterator[Document]:
         skipped = 0
-        for path in self.files():
+        for path in self.files:
             text = decode_utf8(read_bytes(path), where=str(path), errors=self.errors)
             if text is None:
                 skipped += 1
@@ -111,6 +115,7 @@ class StandardLibrary:
         self.patterns = tuple(patterns)
         self.topics = topics
 
+    @functools.cached_property
     def files(self) -> list[Path]:
         found = matching_files(self.root, self.patterns, self.EXCLUDE)
         if not found and not self.topics:
@@ -126,13 +131,13 @@ class StandardLibrary:
             "python": platform.python_version(),
             "patterns": list(self.patterns),
             "topics": self.topics,
-            **describe_files(self.files(), self.root),
+            **describe_files(self.files, self.root),
         }
 
     def __iter__(self) -> Iterator[Document]:
         seen: set[bytes] = set()
         not_text = repeated = 0
-        for path in self.files():
+        for path in self.files:
             data = read_bytes(path)
             text = decode_utf8(data, where=str(path), errors="skip")
             if text is None:
@@ -158,17 +163,30 @@ class StandardLibrary:
 
 
 def matching_files(root: Path, patterns: Sequence[str], exclude: Sequence[str]) -> list[Path]:
-    """Files (or broken links, so that reading them complains) below root, sorted by path."""
-    found = {
-        path
-        for pattern in patterns
-        for path in root.glob(pattern)
-        if path.is_file() or (path.is_symlink() and not path.exists())
-    }
-    names = {path: path.relative_to(root).as_posix() for path in found}
-    kept = [
-        path
-        for path in found
-        if not any(fnmatch.fnmatchcase(names[path], pattern) for pattern in exclude)
+    """Files below root, sorted by path; links to directories are not followed.
+
+    Broken links are among them, so that reading them complains.
+    """
+    wanted = re.compile("|".join(map(glob_regex, patterns)))
+    excluded = re.compile("|".join(map(fnmatch.translate, exclude)) or "(?!)")
+    whole = [pattern for pattern in exclude if pattern.endswith("*")]
+    excluded_folder = re.compile("|".join(map(fnmatch.translate, whole)) or "(?!)")
+    found = []
+    for folder, folders, files in os.walk(root):
+        prefix = "" if folder == str(root) else Path(folder).relative_to(root).as_posix() + "/"
+        folders[:] = [name for name in folders if not excluded_folder.match(f"{prefix}{name}/")]
+        names = [prefix + name for name in files]
+        found += [name for name in names if wanted.match(name) and not excluded.match(name)]
+    return [root / name for name in sorted(found)]
+
+
+def glob_regex(pattern: str) -> str:
+    """A glob of a path relative to a root: "*" stays in a directory, "**/" crosses any number."""
+    special = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    tokens = re.findall(r"\*\*/|\*\*|\*|\?|\[!?[^]/]+\]|.", pattern)
+    parts = [
+        token.replace("[!", "[^") if len(token) > 2 and token[0] == "[" else special.get(token)
+        for token in tokens
     ]
-    return sorted(kept, key=names.__getitem__)
+    joined = "".join(part or re.escape(token) for part, token in zip(parts, tokens))
+    return f"(?:{joined})\\Z"

@@ -1,7 +1,9 @@
 import logging
 import os
+from pathlib import Path
 
 import pytest
+from llmtrain_data.source_files import matching_files
 from llmtrain_data.sources import LocalFiles, StandardLibrary
 
 
@@ -35,6 +37,43 @@ def test_documents_are_the_files_in_order_and_exact(tree):
 def test_patterns_and_exclude(tree):
     source = LocalFiles(str(tree), patterns=["**/*.txt", "**/*.py"], exclude=["*/skip/*", "*.py"])
     assert [document.id for document in source] == ["b.txt"]
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        ["*.txt"],
+        ["**/*.txt"],
+        ["a/**/*.txt", "b.*"],
+        ["a/*"],
+        ["*/*/*"],
+        ["**/[xy].[!p]?", "[!a]*"],
+        ["**/*.txt", "*.txt", "a/x.md"],
+        ["a.txt", "A/*.md"],
+    ],
+)
+def test_patterns_mean_what_pathlib_means(tree, patterns):
+    (tree / "a" / "c.txt").write_text("")
+    (tree / ".hidden.txt").write_text("")
+    expected = {path for pattern in patterns for path in tree.glob(pattern) if path.is_file()}
+    assert set(matching_files(tree, patterns, ())) == expected
+
+
+def test_excluded_folders_are_not_entered(tree, monkeypatch):
+    entered = []
+    monkeypatch.setattr("llmtrain_data.source_files.os.walk", noting(os.walk, entered))
+    source = LocalFiles(str(tree), exclude=["*/skip/*"])
+    assert [document.id for document in source] == ["a/x.md", "a/y.py", "b.txt"]
+    assert entered == [tree, tree / "a"]
+
+
+def noting(walk, entered):
+    def noted(root):
+        for entry in walk(root):
+            entered.append(Path(entry[0]))
+            yield entry
+
+    return noted
 
 
 def test_description_follows_names_sizes_and_times(tree):
@@ -120,7 +159,7 @@ def test_standard_library_leaves_out_what_is_not_its_text(caplog):
 @pytest.mark.usefixtures("library")
 def test_standard_library_without_match(message):
     with message("StandardLibrary", "*.rst", "set patterns"):
-        StandardLibrary(patterns=["**/*.rst"], topics=False).files()
+        StandardLibrary(patterns=["**/*.rst"], topics=False).describe()
 
 
 def test_the_real_standard_library():

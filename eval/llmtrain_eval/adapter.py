@@ -30,7 +30,7 @@ from llmtrain_eval import ranks, scoring
 
 log = logging.getLogger(__name__)
 
-MAX_GEN_TOKS = 256  # lm-eval's default where a task does not say
+MAX_GEN_TOKS = 256  # lm-eval's default where a task does not say; half a context at most
 
 
 class LlmtrainLM(TemplateLM):
@@ -170,20 +170,20 @@ class LlmtrainLM(TemplateLM):
 
     def _generation(self, task: str | None, kwargs: dict) -> tuple[dict, tuple[str, ...]]:
         """Keyword arguments of llmtrain.generate, and the stop strings, from a task's kwargs."""
-        known = dict(normalize_gen_kwargs(kwargs, MAX_GEN_TOKS))
+        known = dict(normalize_gen_kwargs(kwargs, min(MAX_GEN_TOKS, self.max_length // 2)))
         until = tuple(dict.fromkeys([*known.pop("until"), self._eot_text]))
         options = {"max_new_tokens": known.pop("max_gen_toks")}
-        sampling = known.pop("do_sample")
-        options["temperature"] = float(known.pop("temperature", 0.0 if not sampling else 1.0))
+        options["temperature"] = float(known.pop("temperature", 1.0 if known["do_sample"] else 0.0))
         for name in ("top_k", "top_p"):
             value = known.pop(name, None)
             if options["temperature"] > 0:
                 options[name] = value
-        if known.pop("num_beams", 1) != 1 or known:
+        rest = {k: v for k, v in known.items() if k != "do_sample" and (k, v) != ("num_beams", 1)}
+        if rest:
             raise ValueError(
-                f"task {task}: generation_kwargs {kwargs} asks for {known or 'beam search'}, "
-                "expected until, max_gen_toks, do_sample, temperature, top_k, top_p; "
-                "remove the others from the task's file"
+                f"task {task}: generation_kwargs {kwargs} asks for {rest}, expected until, "
+                "max_gen_toks, do_sample, temperature, top_k, top_p; remove the others from the "
+                "task's file"
             )
         if not 0 < options["max_new_tokens"] < self.max_length:
             raise ValueError(

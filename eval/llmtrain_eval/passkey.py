@@ -1,6 +1,6 @@
 """Passkey retrieval: a number is told once, somewhere in a long text, and asked for at the end.
 
-    There is a pass key in the text below. ...
+    Find the pass key in this text.
     The grass is green. ... The pass key is 48213. Keep it in mind: 48213. ... There and back again.
     What is the pass key? The pass key is
 
@@ -8,7 +8,7 @@
 passkey_generate wants the number from greedy decoding, passkey_choice wants it to be likelier than
 nine other numbers, which shows retrieval in models too small to decode it. Prompts are made from a
 seed, without downloads; a prompt and its answer fill the context length as far as whole words can,
-and never exceed it. Distractors have as many digits and, where possible, tokens as the key.
+and never exceed it. All numbers have equally many digits and tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-INTRODUCTION = "There is a pass key in the text below. Find it, I will ask for it at the end.\n\n"
+INTRODUCTION = "Find the pass key in this text.\n\n"
 NEEDLE = "The pass key is {key}. Keep it in mind: {key}."
 QUESTION = "\n\nWhat is the pass key? The pass key is"
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
@@ -83,10 +83,9 @@ def make_prompts(
         words = 0
         for sample in range(samples):
             draw = random.Random(f"{seed}/{length}/{depth}/{sample}")
-            key = draw_key(draw)
+            choices = draw_numbers(draw, count)
+            key = draw.choice(choices)
             text, words = fit(key, depth, room, count, words)
-            choices = [key, *distractors(key, text, draw, count)]
-            draw.shuffle(choices)
             prompts.append(
                 {
                     "prompt": text,
@@ -102,21 +101,13 @@ def make_prompts(
     return tuple(prompts)
 
 
-def draw_key(draw: random.Random) -> str:
-    return str(draw.randrange(10 ** (DIGITS - 1), 10**DIGITS))
-
-
-def distractors(key: str, text: str, draw: random.Random, count: Callable[[str], int]) -> list[str]:
-    """Other numbers, none of them in the text, as many tokens long as the key where possible."""
-    tokens = count(f" {key}")
-    drawn: dict[str, bool] = {}
-    for _ in range(100 * CHOICES):
-        other = draw_key(draw)
-        if other != key and other not in text:
-            drawn[other] = count(f" {other}") == tokens
-        if sum(drawn.values()) == CHOICES - 1:
-            break
-    return sorted(drawn, key=lambda other: not drawn[other])[: CHOICES - 1]
+def draw_numbers(draw: random.Random, count: Callable[[str], int]) -> list[str]:
+    """CHOICES numbers, all as many tokens long as most numbers are: a shorter one is likelier."""
+    low, high = 10 ** (DIGITS - 1), 10**DIGITS
+    numbers = [str(number) for number in draw.sample(range(low, high), 20 * CHOICES)]
+    tokens = {number: count(f" {number}") for number in numbers}
+    usual = Counter(tokens.values()).most_common(1)[0][0]
+    return [number for number in numbers if tokens[number] == usual][:CHOICES]
 
 
 def fit(

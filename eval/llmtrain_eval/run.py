@@ -112,9 +112,9 @@ class Evaluation:
         if not (self.corpus / MANIFEST_FILE).is_file():
             origin = "eval.yaml" if self.config["corpus"] else "the checkpoint's config.yaml"
             raise ValueError(
-                f"corpus: got {self.corpus} (from {origin}), where no prepared corpus lies, expected "
-                f"the folder that `llmtrain prep` made, for {', '.join(self.probes) or 'next_line'}"
-                "; give corpus=DIR, or leave these out of tasks"
+                f"corpus: got {self.corpus} (from {origin}), where no prepared corpus lies; "
+                f"{', '.join(self.probes) or 'next_line'} expected the folder that `llmtrain prep` "
+                "made; give corpus=DIR, or leave them out of tasks"
             )
         manifest = Manifest.load(self.corpus)
         tokenizer = hashlib.sha256((self.folder / TOKENIZER_FILE).read_bytes()).hexdigest()

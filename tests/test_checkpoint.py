@@ -141,7 +141,7 @@ def test_newest_good_skips_damaged_ones(write, tmp_path, caplog):
     change(bad / "trainer.json", 2)
     assert checkpoint.newest_good(run_dir) == checkpoint.resolve(run_dir) == good
     assert "step-00000009: trainer.json is damaged" in caplog.text
-    with pytest.raises(BadCheckpoint, match="trainer.json is damaged"):
+    with pytest.raises(BadCheckpoint, match=r"trainer.json is damaged"):
         checkpoint.resolve(bad)
     change(good / "trainer.json", 2)
     with pytest.raises(BadCheckpoint, match="got only damaged checkpoints in this run folder"):

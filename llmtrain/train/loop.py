@@ -49,6 +49,8 @@ def train(config: dict) -> dict:
         print(setup.describe(), flush=True)
     if config["dry_run"]:
         return {"dry_run": True, "steps": setup.plan.steps, "tokens": setup.plan.tokens}
+    if config["train"]["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(config["train"]["deterministic"])
     distributed.start(world, device)
     with StopRequest() as stop:

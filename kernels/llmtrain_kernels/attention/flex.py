@@ -71,7 +71,8 @@ def attend(
 
 @functools.cache
 def compiled() -> Callable[..., Tensor]:
-    return torch.compile(attend, fullgraph=True)
+    """One kernel a shape: with sizes left open, torch 2.11 cannot lower the block mask's code."""
+    return torch.compile(attend, fullgraph=True, dynamic=False)
 
 
 def run(

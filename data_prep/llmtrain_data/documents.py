@@ -112,6 +112,13 @@ def unreadable(path: Path, error: OSError) -> ValueError:
     )
 
 
+def common_base(files: Sequence[Path]) -> Path:
+    """The directory that all files share, so that a moved corpus keeps its description."""
+    parents = [set(path.parents) for path in files]
+    shared = set.intersection(*parents)
+    return max(shared, key=lambda parent: len(parent.parts), default=Path())
+
+
 def describe_files(files: Iterable[Path], base: Path) -> dict[str, Any]:
     """Count, bytes and digest of (path relative to base, size, modification time)."""
     listing = hashlib.sha256()

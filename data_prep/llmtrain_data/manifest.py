@@ -85,6 +85,11 @@ class Manifest:
             for split, sources in fields.pop("splits").items()
         }
         manifest = cls(splits=splits, **fields)
+        if fingerprint(manifest.tokenizer_sha256, splits) != manifest.fingerprint:
+            raise ValueError(
+                f"{path}: fingerprint {manifest.fingerprint[:16]} does not follow from the hashes "
+                f"in it: altered; {REPAIR}"
+            )
         manifest._check_tokenizer(Path(corpus))
         return manifest
 
@@ -158,6 +163,4 @@ def verify_corpus(corpus: str | Path) -> Manifest:
         for shards in open_split(corpus, manifest, split).values():
             for shard in shards:
                 shard.verify()
-    if fingerprint(manifest.tokenizer_sha256, manifest.splits) != manifest.fingerprint:
-        raise ValueError(f"{Path(corpus) / FILE}: fingerprint does not match; {REPAIR}")
     return manifest

@@ -43,6 +43,12 @@ class Partial:
         self.corpus = corpus
         self.root = corpus.with_name(corpus.name + ".partial")
         self.left_behind = f"the shards finished so far stay in {self.root} and are used again"
+        if self.root.is_dir() and any(self.root.iterdir()) and not (self.root / LOCK).exists():
+            raise ValueError(
+                f"corpus {corpus}: {self.root}, where it is made, exists and no preparation wrote "
+                "it, so it is left alone; expected a free path; move it away, or set another "
+                "data.name"
+            )
         with explained(self.root, "nothing was written"):
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock = (self.root / LOCK).open("w")
@@ -108,7 +114,7 @@ class Partial:
 
     def finish(self) -> None:
         """Make this directory the corpus; an older one is deleted only afterwards."""
-        old = self.corpus.with_name(self.corpus.name + ".old")
+        old = self.root.with_name(self.root.name + ".replaced")
         with explained(self.root, self.left_behind):
             for name in (REQUEST, PROGRESS, LOCK):
                 (self.root / name).unlink(missing_ok=True)
@@ -197,9 +203,9 @@ class Skipper:
     """Recognises the documents of one target that finished shards already hold."""
 
     def __init__(self, partial: Partial, target: Target):
-        self.partial = partial
+        self.root = partial.root
         self.target = target
-        self._left = list(partial.finished.get(target, []))
+        self._left = list(partial.finished[target])
         self._seen = 0
         self._contents = hashlib.sha256()
 
@@ -212,11 +218,19 @@ class Skipper:
         self._contents.update(content)
         if self._seen == self._left[0].info.documents:
             if self._contents.hexdigest() != self._left[0].contents:
-                raise ValueError(
-                    f"source {self.target[1]!r}, split {self.target[0]!r}: the documents of "
-                    f"{self._left[0].info.file} are not those of the interrupted run, expected the "
-                    f"same documents in the same order; delete {self.partial.root} to start over"
-                )
+                raise self._changed()
             self._left.pop(0)
             self._seen, self._contents = 0, hashlib.sha256()
         return True
+
+    def finish(self) -> None:
+        """Raises ValueError when there were fewer documents than finished shards hold."""
+        if self._left:
+            raise self._changed()
+
+    def _changed(self) -> ValueError:
+        return ValueError(
+            f"source {self.target[1]!r}, split {self.target[0]!r}: the documents of "
+            f"{self._left[0].info.file} are not those of the interrupted run, expected the same "
+            f"documents in the same order; delete {self.root} to start over"
+        )

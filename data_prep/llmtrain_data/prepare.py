@@ -222,11 +222,9 @@ class Job:
 
     def segments(self, limit: int | None, progress: Progress) -> Iterator[Segment]:
         """What is still to be encoded, in writing order."""
-        skippers: dict[Target, Skipper] = {}
+        skippers = {target: Skipper(self.partial, target) for target in self.partial.finished}
         for target, text, data, content in self.documents():
-            if target not in skippers:
-                skippers[target] = Skipper(self.partial, target)
-            if skippers[target].done(content):
+            if target in skippers and skippers[target].done(content):
                 progress.skip(len(data))
                 continue
             if limit is None or len(text) <= limit:
@@ -239,6 +237,8 @@ class Job:
                     target=target,
                     content=None if index else content,
                 )
+        for skipper in skippers.values():
+            skipper.finish()
 
     def splits(self) -> dict[str, dict[str, SourceShards]]:
         splits: dict[str, dict[str, SourceShards]] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from llmtrain_data.documents import (
     MISSING_POLICIES,
     Document,
     check_choice,
+    common_base,
     describe_files,
     text_of_record,
 )
@@ -69,10 +71,19 @@ class HuggingFace:
             "errors": self.errors,
             "missing": self.missing,
         }
-        if self.saved:
-            root = Path(self.path)
-            description.update(describe_files(sorted(root.rglob("*.arrow")), root))
+        files = self._local_files()
+        if files:
+            description.update(describe_files(files, common_base(files)))
         return description
+
+    def _local_files(self) -> list[Path]:
+        """The files read, where they are on this machine."""
+        if self.saved:
+            return sorted(Path(self.path).rglob("*.arrow"))
+        given = self.data_files or []
+        given = given.values() if isinstance(given, Mapping) else given
+        paths = [given] if isinstance(given, str) else given
+        return sorted({Path(name) for path in paths for name in glob.glob(path, recursive=True)})
 
     def __iter__(self) -> Iterator[Document]:
         skipped = 0

@@ -21,6 +21,7 @@ from llmtrain_data.documents import (
     MISSING_POLICIES,
     Document,
     check_choice,
+    common_base,
     decode_utf8,
     describe_files,
     text_of_record,
@@ -185,13 +186,6 @@ def expand(kind: str, paths: Sequence[str], suffixes: Sequence[str]) -> list[Pat
 
 def ends(path: Path, suffixes: Sequence[str]) -> bool:
     return path.name.endswith(tuple(suffixes))
-
-
-def common_base(files: Sequence[Path]) -> Path:
-    """The directory that all files share, so that a moved corpus keeps its description."""
-    parents = [set(path.parents) for path in files]
-    shared = set.intersection(*parents)
-    return max(shared, key=lambda parent: len(parent.parts), default=Path())
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, int, bytes]]:

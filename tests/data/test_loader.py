@@ -198,6 +198,14 @@ def test_damaged_manifest(copied, message):
         open_copy(copied[0])
 
 
+def test_altered_manifest(copied, message):
+    path = copied[0] / "manifest.json"
+    known = Manifest.load(copied[0]).splits["train"]["a"].shards[0].sha256
+    path.write_text(path.read_text().replace(known, "0" * 64))
+    with message("manifest.json", "fingerprint", "altered", "overwrite=true"):
+        open_copy(copied[0])
+
+
 def test_another_tokenizer(copied, message):
     (copied[0] / "tokenizer.json").write_text("{}")
     with message("tokenizer.json", "sha256", "not the tokenizer that made the shards", "original"):

@@ -149,6 +149,18 @@ def test_what_is_no_corpus_is_left_alone(tmp_path, make_corpus, message):
     assert (tmp_path / "corpus" / "thesis.txt").read_text() == "years of work"
 
 
+def test_neighbours_are_left_alone(tmp_path, make_corpus, message):
+    (tmp_path / "corpus.old").mkdir()
+    (tmp_path / "corpus.partial").mkdir()
+    (tmp_path / "corpus.partial" / "thesis.txt").write_text("years of work")
+    with message("corpus.partial", "no preparation wrote it", "left alone", "move it away"):
+        make_corpus()
+    (tmp_path / "corpus.partial").rename(tmp_path / "corpus.mine")
+    make_corpus()
+    make_corpus(overwrite=True)
+    assert sorted(os.listdir(tmp_path)) == ["corpus", "corpus.mine", "corpus.old"]
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
@@ -346,6 +358,8 @@ def test_other_documents_cannot_continue(tmp_path, make_corpus, texts, message, 
     changed = ["another document", *many[1:]]
     with message("'words'", "not those of the interrupted run", "delete", ".partial"):
         make_corpus(sources={"words": Breaking(changed, -1, 0)}, shard_tokens=2000)
+    with message("'words'", "not those of the interrupted run"):
+        make_corpus(sources={"words": Breaking(many[:30], -1, 0)}, shard_tokens=2000)
     shutil.rmtree(tmp_path / "corpus.partial")
     make_corpus(sources={"words": Breaking(changed, -1, 0)}, shard_tokens=2000)
 

@@ -1,4 +1,5 @@
 import json
+import os
 
 import datasets
 import pytest
@@ -37,6 +38,9 @@ def test_local_data_files(tmp_path, message, streaming):
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     source = HuggingFace("json", data_files=str(file), streaming=streaming)
     assert [d.text for d in source] == TEXTS
+    before = source.describe()
+    os.utime(file, (1, 1))
+    assert source.describe()["listing"] != before["listing"]
     with message("path='json'", "split='test'"):
         list(HuggingFace("json", data_files=str(file), split="test", streaming=streaming))
 

@@ -27,7 +27,7 @@ EVALUATION = [
     "passkey.depths=[0.1,0.5,0.9]",
     "passkey.samples=8",
 ]
-PROMPTS = ["def test_", "class ", "import os\n", "Return the "]
+PROMPTS = ["def test_", "class ", "    for name in ", "Return the "]
 ORDER = ("model", "trigram", "bigram", "unigram")
 
 
@@ -42,7 +42,9 @@ def command(*arguments: str, ranks: int = 1) -> list[str]:
 def shown(line: list[str]) -> str:
     """The command as a user would type it."""
     text = " ".join(line[1:])
-    return text.replace("-m torch.distributed.run", "torchrun").replace("-m llmtrain.cli", "llmtrain")
+    return text.replace("-m torch.distributed.run", "torchrun").replace(
+        "-m llmtrain.cli", "llmtrain"
+    )
 
 
 def stage(title: str, line: list[str], threads: int) -> float:
@@ -53,8 +55,8 @@ def stage(title: str, line: list[str], threads: int) -> float:
     status = subprocess.run(line, cwd=ROOT, env=environment, check=False).returncode
     if status:
         raise SystemExit(
-            f"quickstart: the stage '{title}' ended with exit code {status} (its message is above). "
-            "Run `make quickstart` again to continue, or `make quickstart-fresh` to start over."
+            f"quickstart: '{title}' ended with exit code {status}; its message is above. Run "
+            "`make quickstart` again to continue, or `make quickstart-fresh` to start over."
         )
     return time.monotonic() - start
 
@@ -109,11 +111,12 @@ def summarise(run_dir: Path, seconds: dict[str, float]) -> dict:
     return {
         "bits_per_byte": {name: bits[name]["bits_per_byte"] for name in ORDER},
         "passkey": {
-            "exact": passkey["exact_accuracy"],
-            "choice": passkey["choice_accuracy"],
+            "generate_accuracy": passkey["generate_accuracy"],
+            "likelihood_accuracy": passkey["likelihood_accuracy"],
+            "likelihood_chance": passkey["chance"]["likelihood"],
         },
         "lm_eval": {"next_line": results["tasks"]["next_line"]},
-        "tokens_per_s": training["tokens_per_s"],
+        "tokens_per_s": training["tokens_per_second"],
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "training": training,
     }
@@ -124,7 +127,13 @@ def report(summary: dict, run_dir: Path, corpus: Path) -> str:
     bits = summary["bits_per_byte"]
     lines = ["", "== done", "bits per byte on held-out files (fewer is better)"]
     lines += [f"  {name:8}{bits[name]:7.3f}" for name in ORDER]
-    lines.append(f"tokens/s in training {summary['tokens_per_s']:,.0f}")
+    passkey, line = summary["passkey"], summary["lm_eval"]["next_line"]
+    lines += [
+        f"passkey: exact {passkey['generate_accuracy']:.2f}, by likelihood "
+        f"{passkey['likelihood_accuracy']:.2f} (chance {passkey['likelihood_chance']:.2f})",
+        f"lm-eval next_line: {line['acc_norm']:.2f} (chance 0.25)",
+        f"tokens/s in training: {summary['tokens_per_s']:,.0f}",
+    ]
     lines += [f"{name} took {value:.0f} s" for name, value in summary["seconds"].items()]
     places = {
         "corpus": corpus,

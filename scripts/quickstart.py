@@ -41,10 +41,9 @@ def command(*arguments: str, ranks: int = 1) -> list[str]:
 
 def shown(line: list[str]) -> str:
     """The command as a user would type it."""
-    text = " ".join(line[1:])
-    return text.replace("-m torch.distributed.run", "torchrun").replace(
-        "-m llmtrain.cli", "llmtrain"
-    )
+    text = " ".join(line)
+    text = text.replace(f"{sys.executable} -m torch.distributed.run", "torchrun")
+    return text.replace(f"{sys.executable} -m llmtrain.cli", "llmtrain")
 
 
 def stage(title: str, line: list[str], threads: int) -> float:

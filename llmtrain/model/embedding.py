@@ -17,7 +17,13 @@ class Embedding(nn.Module):
     """tokens_BT -> x_BTD in the parameter's dtype (the model casts to its compute dtype).
 
     vocab_size: rows, padding included; tied: the output head uses this weight; scale: multiplies
-    the looked-up rows, not the head (Gemma uses sqrt(D)); null is 1.
+    the looked-up rows, not the head (Gemma uses sqrt(D)); None is 1.
+
+    init_std: of the first values, also of an untied head's; None is 1 / sqrt(D). The head reads
+    vectors of root mean square 1, so logits then start with a standard deviation of 1 at any width:
+    near the uniform prediction, and already apart enough to learn from. The usual fixed 0.02 is
+    that at D = 2500; at D = 128 and 384 a tied model is slower with it at first (after 100 to 120
+    steps 0.1 to 0.6 nats).
     """
 
     def __init__(
@@ -27,10 +33,11 @@ class Embedding(nn.Module):
         vocab_size: int,
         tied: bool = True,
         scale: float | None = None,
-        init_std: float = 0.02,
+        init_std: float | None = None,
     ):
         super().__init__()
-        self.tied, self.scale, self.init_std = tied, scale, init_std
+        self.tied, self.scale = tied, scale
+        self.init_std = d_model**-0.5 if init_std is None else init_std
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
 
     def reset_parameters(self) -> None:

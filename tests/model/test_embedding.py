@@ -15,6 +15,17 @@ def test_scale_multiplies_the_lookup_only():
     assert torch.equal(TiedHead(scaled)(hidden), TiedHead(plain)(hidden))
 
 
+def test_first_logits_have_unit_deviation_at_any_width():
+    for width in (64, 512):
+        embedding = Embedding(width, vocab_size=400)
+        embedding.reset_parameters()
+        hidden = torch.nn.functional.rms_norm(torch.randn(50, width), (width,))
+        torch.testing.assert_close(TiedHead(embedding)(hidden).std().item(), 1.0, rtol=0.05, atol=0)
+    fixed = Embedding(512, vocab_size=400, init_std=0.02)
+    fixed.reset_parameters()
+    torch.testing.assert_close(fixed.weight.std().item(), 0.02, rtol=0.02, atol=0)
+
+
 def test_tied_weight_has_one_owner_and_both_gradients(make_model):
     model = make_model(tied=True)
     names = [n for n, _ in model.named_parameters() if "embedding" in n or "head" in n]

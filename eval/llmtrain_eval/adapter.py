@@ -89,7 +89,10 @@ class LlmtrainLM(TemplateLM):
         return hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()[:16]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
-        """Token ids, end-of-text first if wanted (None: as add_bos says)."""
+        """Token ids, end-of-text first if wanted (None: as add_bos says).
+
+        The name of a special token in a text is ordinary text, as in training (load_tokenizer).
+        """
         tokens = self.tokenizer.encode(string, add_special_tokens=False).ids
         wanted = self.add_bos if add_special_tokens is None else add_special_tokens
         return [self._eot, *tokens] if wanted else tokens
@@ -102,10 +105,7 @@ class LlmtrainLM(TemplateLM):
         for request in requests:
             context, continuation = request.args
             if context == "":
-                tokens = self.tok_encode(continuation, add_special_tokens=False)
-                pair = (
-                    ([self._eot], tokens) if tokens[:1] != [self._eot] else (tokens[:1], tokens[1:])
-                )
+                pair = [self._eot], self.tok_encode(continuation, add_special_tokens=False)
             else:
                 pair = self._encode_pair(context, continuation)
             self._fits(request.task_name, len(pair[0]) + len(pair[1]) - 1, self.max_length)

@@ -11,6 +11,8 @@ import contextlib
 import difflib
 import io
 import logging
+import math
+import numbers
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -75,6 +77,8 @@ def find_manager(
     if include_path is not None:
         folders.append(check_folder(Path(include_path)))
     for include_defaults in (False, True):
+        if include_defaults and ranks.rank() == 0:
+            log.info("reading the index of lm-eval's tasks ...")
         with quiet("lm_eval.tasks"):
             manager = TaskManager(
                 include_path=folders, include_defaults=include_defaults, metadata=metadata
@@ -172,7 +176,8 @@ def evaluate(
 ) -> tuple[dict[str, dict], dict[str, list[dict]]]:
     """Scores by task and group, and lm-eval's logged samples by task; the same on every rank.
 
-    A task's scores: metric -> value, "<metric>_stderr" -> its standard error, "samples", "shots".
+    A task's scores: metric -> value (None if not a number), "<metric>_stderr" -> its standard
+    error, "samples", "shots".
     limit: items of a task, at most.
     """
     for name, task in loaded["tasks"].items():
@@ -192,9 +197,10 @@ def evaluate(
         flat = {}
         for key, value in metrics.items():
             metric, _, filtered = key.partition(",")
-            if not filtered or not isinstance(value, int | float):
+            if not filtered or not isinstance(value, numbers.Real):
                 continue  # the alias, and standard errors that do not exist ("N/A")
-            flat[metric if filtered == "none" else f"{metric} ({filtered})"] = value
+            label = metric if filtered == "none" else f"{metric} ({filtered})"
+            flat[label] = float(value) if math.isfinite(value) else None
         flat["samples"] = results["n-samples"].get(name, {}).get("effective")
         flat["shots"] = results["n-shot"].get(name)
         scores[name] = flat

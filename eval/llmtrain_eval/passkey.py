@@ -158,11 +158,24 @@ def score_generation(doc: dict, results: list[str]) -> dict[str, float]:
     return {"exact_match": float(number is not None and number.group() == doc["key"])}
 
 
-def check_lengths(lengths: Sequence[int], *, limit: int | None, trained: int) -> list[str]:
-    """Warnings about lengths beyond the trained context; ValueError beyond the model's limit.
+def check_grid(
+    lengths: Sequence[int], depths: Sequence[float], *, limit: int | None, trained: int
+) -> list[str]:
+    """Warnings about lengths beyond the trained context; ValueError for lengths beyond the model's
+    limit, and for a grid that is none.
 
     limit: the longest context that the model can read, None if there is none.
     """
+    if not lengths or not depths:
+        raise ValueError(
+            f"passkey: got lengths {list(lengths)} and depths {list(depths)}, expected at least "
+            "one of each; set passkey.lengths=[512] and passkey.depths=[0.5]"
+        )
+    if outside := [depth for depth in depths if not 0 <= depth <= 1]:
+        raise ValueError(
+            f"passkey.depths: got {outside}, expected 0 (start of the context) to 1 (end); "
+            "set passkey.depths=[0.0,0.5,1.0]"
+        )
     longest = max(lengths)
     if limit is not None and longest > limit:
         raise ValueError(

@@ -17,7 +17,8 @@ from llmtrain_data.shards import write_atomic
 from lm_eval.utils import handle_non_serializable
 
 PACKAGES = ("llmtrain", "torch", "lm_eval", "transformers", "tokenizers", "datasets", "numpy")
-Line = tuple[str, str, float, float | None, int | None]  # task, metric, value, stderr, items
+# task, metric, value, standard error, items
+Line = tuple[str, str, float | None, float | None, int | None]
 
 
 def versions() -> dict[str, str]:
@@ -67,7 +68,7 @@ def markdown(results: dict) -> str:
     """The table of results.md and of the console."""
     head = ("task", "metric", "value", "stderr", "items")
     rows = [
-        (task, metric, f"{value:.4f}", "" if error is None else f"{error:.4f}", str(items or ""))
+        (task, metric, number(value, "n/a"), number(error, ""), str(items or ""))
         for task, metric, value, error, items in lines(results)
     ]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
@@ -79,6 +80,10 @@ def markdown(results: dict) -> str:
 
     rule = [*("-" * width for width in widths[:2]), *("-" * (w - 1) + ":" for w in widths[2:])]
     return "\n".join([line(head), line(rule), *map(line, rows)])
+
+
+def number(value: float | None, otherwise: str) -> str:
+    return otherwise if value is None else f"{value:.4f}"
 
 
 def write(results: dict, out: Path) -> None:

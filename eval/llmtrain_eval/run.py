@@ -65,8 +65,9 @@ class Evaluation:
         others = [name for name in names if name not in (*PROBES, PASSKEY)]
         self.warnings: list[str] = []
         if PASSKEY in names:
-            self.warnings += passkey.check_lengths(
-                config["passkey"]["lengths"], limit=self.limit, trained=self.context
+            grid = config["passkey"]
+            self.warnings += passkey.check_grid(
+                grid["lengths"], grid["depths"], limit=self.limit, trained=self.context
             )
         if self.probes or "next_line" in others:
             self.check_corpus()
@@ -125,16 +126,16 @@ class Evaluation:
                 "prepare that text with the checkpoint's tokenizer "
                 f"(tokenizer=existing tokenizer.path={self.folder / TOKENIZER_FILE})"
             )
-        if "ngram" in self.probes and manifest.fingerprint != self.progress["data_fingerprint"]:
+        if "ngram" in self.probes and manifest.fingerprint != self.trainer["data_fingerprint"]:
             raise ValueError(
                 f"ngram: {self.corpus} is the corpus {manifest.fingerprint[:12]}, expected "
-                f"{self.progress['data_fingerprint'][:12]}, which the model was trained on; "
+                f"{self.trainer['data_fingerprint'][:12]}, which the model was trained on; "
                 "n-grams are counted on the same tokens: give that corpus, or leave ngram out"
             )
 
     @cached_property
-    def progress(self) -> dict:
-        """How far the training was, from the checkpoint's trainer.json."""
+    def trainer(self) -> dict:
+        """The checkpoint's trainer.json: how far the training was, and on which corpus."""
         return json.loads((self.folder / "trainer.json").read_text(encoding="utf-8"))
 
     def held_out(self) -> list[bits_per_byte.HeldOut]:
@@ -241,7 +242,7 @@ class Evaluation:
             weights=self.trained["data"]["weights"],
         )
         baselines = Baselines.counted(
-            loader, samples=self.progress["next_sample"], mask_documents=train["mask_documents"]
+            loader, samples=self.trainer["next_sample"], mask_documents=train["mask_documents"]
         )
         log.info("n-grams: scoring %d held-out tokens", model["tokens"])
         return bits_per_byte.of_ngrams(

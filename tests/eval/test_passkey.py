@@ -100,12 +100,21 @@ def test_the_first_number_counts(text, score):
 
 
 def test_lengths_and_what_the_model_can_take():
-    assert passkey.check_lengths([128, 256], limit=256, trained=256) == []
-    (warning,) = passkey.check_lengths([128, 256, 512], limit=None, trained=128)
+    assert passkey.check_grid([128, 256], [0.5], limit=256, trained=256) == []
+    (warning,) = passkey.check_grid([128, 256, 512], [0.5], limit=None, trained=128)
     assert "[256, 512] are longer than the 128 tokens a row" in warning
     message = r"passkey.lengths: got 512, expected at most 256, .*model.max_seq_len.*; lower"
     with pytest.raises(ValueError, match=message):
-        passkey.check_lengths([128, 512], limit=256, trained=128)
+        passkey.check_grid([128, 512], [0.5], limit=256, trained=128)
+
+
+def test_grids_that_are_none():
+    with pytest.raises(ValueError, match=r"passkey: got lengths \[\] .*at least one of each; set"):
+        passkey.check_grid([], [0.5], limit=None, trained=128)
+    with pytest.raises(ValueError, match=r"passkey: got lengths \[128\] and depths \[\], expected"):
+        passkey.check_grid([128], [], limit=None, trained=128)
+    with pytest.raises(ValueError, match=r"passkey.depths: got \[-0.1, 25\], expected 0 .* to 1"):
+        passkey.check_grid([128], [-0.1, 0.5, 25], limit=None, trained=128)
 
 
 class Reader(lm_eval.api.model.LM):

@@ -8,7 +8,7 @@ RESULTS = {
     "warnings": ["task x: something"],
     "bits_per_byte": {"model": {"bits_per_byte": 1.25}, "empty": {"bits_per_byte": None}},
     "tasks": {
-        "arc": {"acc": 0.5, "acc_stderr": 0.1, "perplexity": 3.0, "samples": 40, "shots": 0},
+        "arc": {"acc": 0.5, "acc_stderr": 0.1, "perplexity": None, "samples": 40, "shots": 0},
         "gsm": {"exact_match (strict)": 0.25, "exact_match_stderr (strict)": 0.05, "samples": 8},
     },
 }
@@ -18,7 +18,7 @@ def test_lines():
     assert report.lines(RESULTS) == [
         ("bits_per_byte: model", "bits/byte", 1.25, None, None),
         ("arc", "acc", 0.5, 0.1, 40),
-        ("arc", "perplexity", 3.0, None, 40),
+        ("arc", "perplexity", None, None, 40),
         ("gsm", "exact_match (strict)", 0.25, 0.05, 8),
     ]
 
@@ -26,6 +26,7 @@ def test_lines():
 def test_markdown_is_aligned():
     lines = report.markdown(RESULTS).splitlines()
     assert len({len(line) for line in lines}) == 1
+    assert lines[4].split("|")[3].strip() == "n/a"
     assert lines[3] == "| arc                  | acc                  | 0.5000 | 0.1000 |    40 |"
 
 

@@ -1,7 +1,8 @@
 """What the engine costs: a step of ours under DeepSpeed against a plain PyTorch loop.
 
 Both train the same model with the same micro-batches, fused AdamW and clipping; the plain loop has
-no process group and reads nothing back. Turns alternate, and the medians are compared.
+no process group and reads nothing back. Turns alternate; the cost is the median of their ratios.
+--profile also prints the GPU's busy time a step, by kernel.
 
     python scripts/engine_cost.py [--stage zero1] [--micro-steps 2] [key=value ...]
 
@@ -11,6 +12,7 @@ Further arguments are overrides of `llmtrain train` (model=gpt_124m train.compil
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import statistics
 import time
@@ -116,13 +118,33 @@ def run_of(step: Callable[[list], None], micros: list, count: int, device: torch
     return (time.perf_counter() - began) / count
 
 
+def busy(step: Callable[[list], None], micros: list, count: int = 3) -> str:
+    """GPU milliseconds a step by kernel, the largest first."""
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(count):
+            step(micros)
+        torch.cuda.synchronize()
+    kernels = [e for e in profile.key_averages() if e.device_type.name == "CUDA"]
+    kernels.sort(key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in kernels)
+    lines = [
+        f"{total / count / 1000:8.2f} ms in all, {sum(e.count for e in kernels) // count} kernels"
+    ]
+    for event in kernels[:16]:
+        share = event.self_device_time_total / count / 1000
+        lines.append(f"{share:8.3f} ms {event.count // count:5} x {event.key[:90]}")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stage", default="zero1")
     parser.add_argument("--rows", type=int, default=32, help="rows of a micro-batch")
     parser.add_argument("--micro-steps", type=int, default=2)
-    parser.add_argument("--turns", type=int, default=6)
+    parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--steps", type=int, default=5, help="steps a turn")
+    parser.add_argument("--profile", action="store_true")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
     config = compose("train", [*options.overrides, f"deepspeed={options.stage}"])
@@ -141,6 +163,8 @@ def main() -> None:
     for name, step in steps.items():
         warm_up = [timed(step, micros, device) for _ in range(3)]
         print(f"{name}: first step {warm_up[0]:.1f} s", flush=True)
+    gc.collect()
+    gc.freeze()  # as the training loop does
     seconds = {name: [] for name in steps}
     for _ in range(options.turns):
         for name, step in steps.items():
@@ -156,8 +180,13 @@ def main() -> None:
             mfu = accounting.mfu(rate, flops, torch.cuda.get_device_name(device))
             line += f"  mfu {mfu:.1%}" if mfu is not None else ""
         print(line)
-    cost = medians[options.stage] / medians["plain"] - 1
-    print(f"{options.stage} against plain: {cost:+.2%}", flush=True)
+    ratios = [ours / plain - 1 for plain, ours in zip(*seconds.values())]
+    low, high = min(ratios), max(ratios)
+    cost = statistics.median(ratios)
+    print(f"{options.stage} against plain: {cost:+.2%} ({low:+.2%} .. {high:+.2%})", flush=True)
+    if options.profile:
+        for name, step in steps.items():
+            print(f"--- {name}\n{busy(step, micros)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -125,9 +125,13 @@ class Engine:
     ):
         deepspeed = load_deepspeed(device)
         deepspeed.init_distributed(BACKENDS[device.type], timeout=TIMEOUT)
-        self.config = deepspeed_config(zero, micro_batch=micro_batch, world_size=world.size)
         self.world, self.device = world, device
         self.step_tokens, self.grad_clip = step_tokens, grad_clip
+        # The true number of tokens is known only after the step's all-reduce; update() corrects.
+        self.loss_scale = (world.size if zero.averages else 1) / step_tokens
+        self.config = config = deepspeed_config(
+            zero, micro_batch=micro_batch, world_size=world.size
+        )
         self.adam = optimizer
         parameters = {name: tuple(p.shape) for name, p in module.named_parameters()}
         buffers = [name for name in module.state_dict() if name not in parameters]
@@ -135,14 +139,16 @@ class Engine:
         self.engine, wrapped, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=self.config
         )
+        # One rank has nothing to sum: spare the copies into buckets and back.
+        summed_by_hooks = zero.stage > 1 or config["zero_optimization"].get("overlap_comm", False)
+        alone = world.size == 1 and not summed_by_hooks
+        self.engine.enable_backward_allreduce = not alone
         if zero.stage == 0:
-            # Nothing to sum: spare the copy of all gradients.
-            self.engine.enable_backward_allreduce = world.size > 1
             self.parts = Replicated(module, optimizer, world.rank, world.size)
         elif zero.stage == 3:
             self.parts = WeightPartitions(module, wrapped, world.rank)
         else:
-            self.parts = FlatPartitions(module, wrapped)
+            self.parts = FlatPartitions(module, wrapped, alone=alone)
         self.module = module
         self.buffers = {name: module.get_buffer(name) for name in buffers}
         self.begin_step()
@@ -156,10 +162,7 @@ class Engine:
         """Forward and backward of one micro-batch. last: of the step, so that ranks then sum."""
         self.engine.set_gradient_accumulation_boundary(last)
         loss_sum, sums, aux = self.engine(micro)
-        # DeepSpeed averages over ranks, hence their number. The true number of tokens is known
-        # only after the step's all-reduce; update() corrects for it.
-        scaled = loss_sum * (self.world.size / self.step_tokens)
-        self.engine.backward(scaled, scale_wrt_gas=False)
+        self.engine.backward(loss_sum * self.loss_scale, scale_wrt_gas=False)
         self.sums += sums
         for name, value in aux.items():
             value = value.to(torch.float64)

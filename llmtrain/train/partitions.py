@@ -77,17 +77,38 @@ class Replicated:
 
 
 class FlatPartitions:
-    """Stages 1 and 2: each parameter group is one flat tensor, cut evenly among the ranks."""
+    """Stages 1 and 2: each parameter group is one flat tensor, cut evenly among the ranks.
 
-    def __init__(self, module: nn.Module, zero: object):
+    alone: the only rank, and DeepSpeed was told not to sum gradients over ranks.
+    """
+
+    def __init__(self, module: nn.Module, zero: object, *, alone: bool):
         self.names = {p: name for name, p in module.named_parameters()}
-        self.zero = zero
+        self.zero, self.alone = zero, alone
         flats = zero.single_partition_of_fp32_groups
         self.states = [create_state(zero.optimizer, flat) for flat in flats]
 
     def gradients(self) -> list[Tensor]:
         """The step's gradients of what this rank owns, summed over ranks."""
+        if self.alone:
+            self.take_gradients()
         return [grad for group in self.zero.averaged_gradients.values() for grad in group]
+
+    def take_gradients(self) -> None:
+        """Hand the parameters' own gradients to DeepSpeed's step, as its reduction would."""
+        zero = self.zero
+        for i, parameters in enumerate(zero.params_in_partition):
+            dtype = zero.gradient_accumulation_dtype
+            zero.all_grad_tensors[i] = zero.get_all_grad_tensors(parameters, dtype=dtype)
+            zero.averaged_gradients[i] = zero.get_flat_partition(
+                parameters,
+                zero.first_offset[i],
+                zero.partition_size[i],
+                dtype=dtype,
+                device=parameters[0].device,
+                param_group_idx=i,
+                return_tensor_list=True,
+            )
 
     def to_load(self) -> list[Fragment]:
         fragments = []

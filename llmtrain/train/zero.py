@@ -22,6 +22,7 @@ class Zero0:
 
     communication_dtype: str
     stage = 0
+    averages = False  # over ranks; otherwise sums, which spares a pass over the gradients
 
     def __post_init__(self) -> None:
         if self.communication_dtype not in COMMUNICATION_DTYPES:
@@ -88,6 +89,7 @@ class Zero3(Zero0):
     max_live_parameters: int
     max_reuse_distance: int
     stage = 3
+    averages = True  # DeepSpeed has no sum at this stage
 
     def section(self) -> dict:
         return {
@@ -128,7 +130,7 @@ def deepspeed_config(zero: Zero0, *, micro_batch: int, world_size: int) -> dict:
         "gradient_clipping": 0.0,
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
-        "gradient_allreduce_op": "mean",
+        "gradient_allreduce_op": "mean" if zero.averages else "sum",
         "communication_data_type": zero.communication_dtype,
         "seq_parallel_communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},

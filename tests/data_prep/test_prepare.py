@@ -340,6 +340,16 @@ def test_an_interrupted_run_continues(tmp_path, make_corpus, texts, at, monkeypa
         assert (corpus / path.relative_to(root)).stat().st_mtime_ns == written
 
 
+def test_a_source_that_is_through_is_not_encoded_again(
+    tmp_path, make_corpus, texts, listed, monkeypatch
+):
+    monkeypatch.setattr("llmtrain_data.encode.BATCH_CHARS", 2000)
+    with pytest.raises(Interrupted):
+        make_corpus(sources={"words": listed(texts), "more": Breaking(texts, 50, 3)})
+    found = sorted(path.parent.name for path in (tmp_path / "corpus.partial").rglob("*.bin"))
+    assert found == ["words", "words"]
+
+
 def test_a_torn_progress_line_costs_one_shard(tmp_path, make_corpus, texts, monkeypatch):
     many = texts * 3
     monkeypatch.setattr("llmtrain_data.encode.BATCH_CHARS", 2000)

@@ -24,9 +24,11 @@ def test_budget_is_kept_and_used(texts):
 
 
 def test_order_of_documents_does_not_matter(texts):
-    wanted = sample(texts, 20_000).texts
-    for seed in range(5):
-        shuffled = random.Random(seed).sample(texts, len(texts))
+    """Also when a small document would fit where a large one was crowded out."""
+    sized = [text * (1 + index % 13) for index, text in enumerate(texts)]
+    wanted = sample(sized, 20_000).texts
+    for seed in range(30):
+        shuffled = random.Random(seed).sample(sized, len(sized))
         assert sample(shuffled, 20_000).texts == wanted
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from llmtrain_data.encode import Encoded
+from llmtrain_data.manifest import TOKENIZER_FILE
 from llmtrain_data.shards import ShardInfo, ShardWriter, explained, sync_directory, write_atomic
 
 log = logging.getLogger(__name__)
@@ -126,7 +127,9 @@ class Partial:
             shutil.rmtree(old, ignore_errors=True)
 
     def close(self) -> None:
-        """Let others in."""
+        """Let others in. A directory without even a tokenizer, of no use to a later run, goes."""
+        if not (self.root / TOKENIZER_FILE).exists():
+            shutil.rmtree(self.root, ignore_errors=True)
         self._lock.close()
 
 

@@ -192,7 +192,7 @@ def test_empty_documents_are_dropped(tmp_path, make_corpus, listed, texts):
     assert sum(manifest.splits[split]["words"].documents for split in ("train", "val")) == 300
 
 
-def test_a_split_without_documents(make_corpus, listed, texts, message):
+def test_a_split_without_documents(tmp_path, make_corpus, listed, texts, message):
     few = {"words": listed(texts[:3])}
     with message("val_fraction=0.0001", "none of 3 documents", "raise data.val_fraction"):
         make_corpus(sources=few, val_fraction=0.0001)
@@ -200,6 +200,7 @@ def test_a_split_without_documents(make_corpus, listed, texts, message):
         make_corpus(sources=few, val_fraction=0.9999)
     with message("all 3 documents are validation", "val_sources do not hold"):
         make_corpus(sources=few, val_sources={"same": listed(texts[:3])}, val_fraction=0)
+    assert list(tmp_path.iterdir()) == []
     assert list(make_corpus(sources=few, val_fraction=0).splits) == ["train"]
 
 

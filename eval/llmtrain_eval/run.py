@@ -164,7 +164,7 @@ class Evaluation:
             metadata=metadata,
             include_path=self.config["include_path"],
             num_fewshot=self.config["num_fewshot"],
-            others=(*PROBES, PASSKEY),
+            others=PROBES,
         )
 
     def run(self) -> dict:

@@ -25,15 +25,10 @@ CPU_TOKENS = 4096
 def choose_micro_batch(given: int | None, plan: Plan, stage: int, device: torch.device) -> int:
     """Rows a rank computes at once: the given number, or the largest divisor that should fit.
 
-    plan: made for one row. ValueError when the rows of a step do not divide.
+    plan: of one row at once, so the rows of a step divide among the ranks. ValueError when those
+    of a rank do not divide into micro-batches.
     """
     rows = plan.rows // plan.ranks
-    if plan.rows % plan.ranks:
-        raise ValueError(
-            f"train.global_batch_tokens: got {plan.rows} rows of {plan.seq_len} tokens for "
-            f"{plan.ranks} ranks, expected a multiple of the ranks; change "
-            "train.global_batch_tokens, train.seq_len or the number of ranks"
-        )
     if given is not None:
         if rows % given:
             raise ValueError(

@@ -20,7 +20,8 @@ from contextlib import contextmanager
 import torch
 from llmtrain_data.manifest import TOKEN_BYTES_FILE, TOKENIZER_FILE
 
-from llmtrain.data.loader import Prefetcher
+from llmtrain.data.prefetch import Prefetcher
+from llmtrain.model.init import keyed_seed
 from llmtrain.train import distributed, resume
 from llmtrain.train.batches import HeldOut
 from llmtrain.train.checkpoint import CheckpointWriter
@@ -79,6 +80,7 @@ class Run:
         self.step = self.saved_step = self.first_step = trainer["step"]
         self.guard = SkipGuard(self.knobs["max_skipped"], trainer["skipped"])
 
+        torch.manual_seed(keyed_seed(setup.config["seed"], f"rank {self.world.rank}"))
         module = setup.build_module()
         optimizer = setup.optimizer.build(module)
         if self.knobs["compile"] == "blocks":

@@ -48,7 +48,8 @@ class Replicated:
         for parameter in self.names:
             if parameter.grad is None:  # AdamW would leave it out; at other stages it is zero
                 parameter.grad = torch.zeros_like(parameter)
-        return [p.grad for p in self.names] if self.rank == 0 else []
+        grads = [p.grad for p in self.names]
+        return grads if self.rank == 0 else [grads[0].new_zeros(1)]
 
     def to_load(self) -> list[Fragment]:
         fragments = []

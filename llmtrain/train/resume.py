@@ -52,6 +52,21 @@ MAY_CHANGE = (
 MAY_NOT_CHANGE = ("data.weights", "data.weights.*")
 
 
+# What a run writes into its folder.
+WRITTEN = (
+    "checkpoints",
+    "config.yaml",
+    "git.diff",
+    "starts.jsonl",
+    "metrics.jsonl",
+    "ledger.jsonl",
+    "run.log",
+    "summary.json",
+    "tensorboard",
+    "wandb",
+)
+
+
 def choose(resume: str, run_dir: Path, world: World) -> Path | None:
     """The checkpoint to continue from (verified), or None to start from scratch. All ranks call it.
 
@@ -103,8 +118,7 @@ def set_later_aside(run_dir: Path, step: int) -> None:
 
 def set_run_aside(run_dir: Path) -> None:
     """Move what an earlier run left in this folder into previous-1, previous-2, ..."""
-    left = ("checkpoints", "metrics.jsonl", "ledger.jsonl", "starts.jsonl", "tensorboard")
-    found = [run_dir / name for name in left if (run_dir / name).exists()]
+    found = [run_dir / name for name in WRITTEN if (run_dir / name).exists()]
     if found:
         aside = free_name(run_dir / "previous")
         aside.mkdir()

@@ -104,13 +104,14 @@ class RunLog:
         if not self.writes:
             return
         if self.progress:
-            self.progress.console.print(text, highlight=False, markup=False)
+            self.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
             print(text, flush=True)
 
     def close(self) -> None:
         if self.writes and hasattr(self, "ledger"):
             if self.progress:
+                self.progress.refresh()
                 self.progress.stop()
             for name in LOGGERS:
                 logging.getLogger(name).removeHandler(self.handler)

@@ -73,8 +73,6 @@ class WandB:
     def start(self, run_dir: Path, *, config: dict, resumed_step: int) -> None:
         wandb = optional("wandb", "wandb", "wandb")
         mode = os.environ.get("WANDB_MODE") or ("online" if has_account() else "offline")
-        folder = run_dir / "wandb"
-        folder.mkdir(parents=True, exist_ok=True)
         # An offline run cannot be resumed: each start is a run of its own, joined by the group.
         self.run = wandb.init(
             project=self.project,
@@ -82,8 +80,9 @@ class WandB:
             name=f"{run_dir.name}@{resumed_step}" if resumed_step else run_dir.name,
             group=run_dir.name,
             config=config,
-            dir=str(folder),
+            dir=str(run_dir),
             mode=mode,
+            settings=wandb.Settings(console="off", quiet=True),
         )
 
     def log(self, step: int, values: dict[str, float]) -> None:

@@ -37,8 +37,11 @@ def outputs(workers, tmp_path_factory) -> dict[int, Path]:
     found = {ranks: folder / f"ranks{ranks}" for ranks in RANKS}
     for path in found.values():
         path.mkdir()
-    workers("engine_worker.py", 2, found[2])
-    workers("engine_worker.py", 1, found[1], found[2])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "compiled"))
+        patch.setenv("PATH", "")  # no compiler either
+        workers("engine_worker.py", 2, found[2])
+        workers("engine_worker.py", 1, found[1], found[2])
     return found
 
 
@@ -157,6 +160,11 @@ def test_any_stage_and_world_reads_any_checkpoint(outputs, source, stage, wrote,
     assert saved
     loaded = whole(outputs[read], f"stage{stage}-from{source}{outputs[wrote].name}")
     assert equal(loaded, saved)
+
+
+def test_nothing_is_compiled(outputs):
+    """DeepSpeed would build its shared-memory collectives at the first use on a CPU."""
+    assert not (outputs[1].parent / "compiled").exists()
 
 
 @pytest.mark.parametrize("stage", STAGES)

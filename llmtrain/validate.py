@@ -20,7 +20,7 @@ MISSING = "???"  # a value that only `llmtrain prep` needs
 # Keys of the model section that build.py reads itself; the others act through ${model.<key>}.
 READ_BY_BUILD = {"d_model", "n_layers", "vocab_size", "vocab_multiple", "max_seq_len"}
 # What `llmtrain prep` reads of the configuration that it shares with `llmtrain train`.
-READ_BY_PREP = ("data", "tokenizer", "overwrite", "experiment", "name", "seed")
+READ_BY_PREP = ("data", "tokenizer", "overwrite", "experiment")
 
 
 def validate(command: str, config: dict, raw: dict, typed: list[Override]) -> None:

@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+
 from llmtrain.data.loader import Batch, TokenLoader
 
 log = logging.getLogger(__name__)

@@ -182,8 +182,14 @@ def build_model(
     def norm() -> torch.nn.Module:
         return part(config["norm"], label(config, "norm"), d_model)
 
+    # A repeated core adds to the residual stream once per application, and the first weights of
+    # output projections are scaled by the number of those additions.
+    stack = config["stack"]
+    core = n_layers - stack["prelude"] - stack["coda"]
+    applications = n_layers + (stack["repeats"] - 1) * core
+
     def block(layer_idx: int, letter: str) -> Block:
-        facts = {"layer_idx": layer_idx, "n_layers": n_layers}
+        facts = {"layer_idx": layer_idx, "n_layers": applications}
         return Block(
             part(*mounted[letter], d_model, **facts),
             part(config["channel"], label(config, "channel"), d_model, **facts),

@@ -19,7 +19,6 @@ OPTIONS = [(group, name) for group, names in groups.options().items() for name i
 # What an option cannot do without.
 WITH = {
     ("tokenizer", "existing"): ["tokenizer.path=tokenizer.json", "model.vocab_size=50257"],
-    ("model", "llama_1b"): ["tokenizer.vocab_size=32000"],
 }
 
 

@@ -137,7 +137,8 @@ def memory_per_rank(
     gradients until then, 2 and 3 only those of the rank; 3 splits the parameters too, and gathers
     at most live_parameters of them (stage3_max_live_parameters).
 
-    bucket_elements: communication buffers altogether (reduce_bucket_size, twice with overlap_comm).
+    bucket_elements: communication buffers altogether (reduce_bucket_size, twice with overlap_comm);
+    they never hold more than all gradients, and one rank has none.
     chunk_tokens: the objective's. Works on meta.
     """
     if stage not in range(4):
@@ -151,7 +152,7 @@ def memory_per_rank(
         master=shard if stage > 0 else 0,
         gradients=whole if stage < 2 else shard,
         optimizer=2 * (whole if stage == 0 else shard),
-        buffers=FP32_BYTES * bucket_elements,
+        buffers=FP32_BYTES * min(bucket_elements, count) if world_size > 1 else 0,
         activations=activation_bytes(model, tokens, activation_checkpointing),
         logits=logits_bytes(model, tokens, compiled=compiled, chunk_tokens=chunk_tokens),
         step=shard if stage > 0 else 0,

@@ -46,8 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         configure_logging()
         commands.run(arguments.command, arguments.overrides, arguments.config_dir)
-    except BrokenPipeError:  # the reader of our output is gone (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        if not reader_is_gone():
+            raise
         return 1
     except (ValueError, OSError, ImportError) as error:
         if debug or not is_users(error):
@@ -55,6 +56,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"llmtrain: error: {error}", file=sys.stderr)
         return USAGE_ERROR
     return 0
+
+
+def reader_is_gone() -> bool:
+    """Whether nobody reads our output any more (`| head`); it then goes nowhere, in silence."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def make_parser() -> argparse.ArgumentParser:

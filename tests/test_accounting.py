@@ -155,7 +155,12 @@ def test_total_is_the_fuller_of_backward_and_step(build_model):
     for got, temporary in ((small, small.step), (large, large.activations + large.logits)):
         lasting = got.parameters + got.master + got.gradients + got.optimizer + got.buffers
         assert got.total == lasting + temporary
-    assert estimate(model, bucket_elements=1000).total == estimate(model).total + 4000
+    two = estimate(model, world_size=2)
+    assert estimate(model, world_size=2, bucket_elements=1000).buffers == 4000
+    assert estimate(model, world_size=2, bucket_elements=1000).total == two.total + 4000
+    count = sum(p.numel() for p in model.parameters())
+    assert estimate(model, world_size=2, bucket_elements=10**12).buffers == 4 * count
+    assert estimate(model, bucket_elements=1000) == estimate(model)
 
 
 def test_activations_against_what_autograd_keeps(build_model):

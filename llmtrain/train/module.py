@@ -55,8 +55,10 @@ class TrainModule(nn.Module):
         self.compute = torch.compile(self.sum_losses, dynamic=False)
 
     def compile_blocks(self) -> None:
-        """Let torch.compile take each block (equal blocks share their code, so it starts sooner) and
-        the step from logits to losses, which would otherwise keep float32 copies of the logits."""
+        """Let torch.compile take each block: equal blocks share their code, so it starts sooner.
+
+        And the step from logits to losses, which would else keep float32 copies of the logits.
+        """
         for block in self.model.stack.blocks:
             block.compile(dynamic=False)
         self.objective.token_loss.compile(dynamic=False)

@@ -95,3 +95,12 @@ def test_as_a_module():
     assert done.returncode == 2
     assert done.stderr.startswith("llmtrain: error: norm=x: no such option, expected one of")
     assert "Traceback" not in done.stderr
+
+
+def test_broken_pipe_inside_is_not_silent(monkeypatch, capfd):
+    def fail(*_):
+        raise BrokenPipeError("a worker's pipe")
+
+    monkeypatch.setattr(commands, "run", fail)
+    with pytest.raises(BrokenPipeError, match="a worker's pipe"):
+        cli.main(["plan"])

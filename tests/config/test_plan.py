@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from llmtrain import accounting, build, cli
@@ -27,7 +29,7 @@ def test_memory_falls_with_the_stage_and_the_ranks():
     totals = [eight.memory[stage].total for stage in (0, 1, 2, 3)]
     assert totals == sorted(totals, reverse=True)
     assert eight.memory[1].optimizer * 8 == alone.memory[1].optimizer
-    assert eight.memory[0] == alone.memory[0]
+    assert replace(eight.memory[0], buffers=0) == alone.memory[0]  # one rank sums nothing
 
 
 def test_one_more_row():

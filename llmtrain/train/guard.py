@@ -12,7 +12,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 class StopRequest:
     """Within this context a signal sets `requested` instead of ending the process.
 
-    A second Ctrl-C interrupts at once.
+    A second Ctrl-C interrupts at once. A pipe whose reader died (a compiler's helper process, which
+    a signal to the whole process group ends) is an error in that call, not the end of this process.
     """
 
     def __init__(self) -> None:
@@ -20,9 +21,17 @@ class StopRequest:
         self.previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in SIGNALS:
-            self.previous[number] = signal.signal(number, self.handle)
+        self.previous = self.install()
         return self
+
+    def install(self) -> dict[int, object]:
+        """Set the handlers (again), and return those that were there.
+
+        Native libraries, compilers above all, install handlers of their own when first used, so the
+        training loop repeats this every step; it costs microseconds.
+        """
+        handlers = dict.fromkeys(SIGNALS, self.handle) | {signal.SIGPIPE: signal.SIG_IGN}
+        return {number: signal.signal(number, handler) for number, handler in handlers.items()}
 
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None

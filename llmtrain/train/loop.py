@@ -176,6 +176,7 @@ class Run:
             self.engine.accumulate(micro, last=i == len(micros) - 1)
         lr = self.setup.optimizer.lr * self.setup.schedule.ratio(self.step)
         self.step += 1
+        self.stop.install()
         stop = self.stop.requested is not None
         self.pending.append((self.step, lr, self.engine.update(lr, stop=stop)))
         self.read_results(behind=self.behind)

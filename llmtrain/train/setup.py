@@ -11,6 +11,7 @@ from llmtrain_data.manifest import Manifest
 from llmtrain import build
 from llmtrain.accounting import train_flops_per_token
 from llmtrain.data.loader import TokenLoader
+from llmtrain.data.prefetch import check_rows
 from llmtrain.plan import Plan, describe, make_plan
 from llmtrain.train.batches import choose_micro_batch
 from llmtrain.train.distributed import World
@@ -54,6 +55,7 @@ class Setup:
         order = {"seq_len": knobs["seq_len"], "seed": config["seed"]}
         splits = Manifest.load(corpus).splits
         loader = TokenLoader.open(corpus, "train", weights=data["weights"], **order)
+        check_rows(loader, plan.rows, world.size, micro_batch)
         check_writable(Path(config["run_dir"]))
         return cls(
             config=config,

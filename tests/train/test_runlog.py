@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmtrain.train import runlog, tracker
-from llmtrain.train.guard import SkipGuard, StopRequest
+from llmtrain.train.guard import SIGNALS, SkipGuard, StopRequest
 from llmtrain.train.runlog import RunLog, append_from, check_writable, console_line
 from llmtrain.train.tracker import All, Silent, TensorBoard, WandB
 
@@ -134,3 +134,16 @@ def test_skips_in_a_row_end_the_run():
         ValueError, match=r"last 3 steps \(up to step 6\) were skipped.*train.max_skipped=3.*step 3"
     ):
         guard.saw(6, False)
+
+
+def test_handlers_that_a_library_replaced_are_set_again():
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGPIPE)}
+    with StopRequest() as stop:
+        for number in before:
+            signal.signal(number, signal.SIG_DFL)  # what would end the process
+        stop.install()
+        os.kill(os.getpid(), signal.SIGPIPE)
+        assert stop.requested is None
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested == "SIGTERM"
+    assert {number: signal.getsignal(number) for number in before} == before

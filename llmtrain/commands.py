@@ -16,8 +16,8 @@ SPREAD = ("train", "eval")
 def run(command: str, overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> None:
     """Compose, check and carry out one command."""
     from llmtrain.config import compose
+    from llmtrain.distributed import discover
     from llmtrain.shared_config import shared
-    from llmtrain.train.distributed import discover
 
     world = discover(os.environ)
     if world.size > 1 and command not in SPREAD:

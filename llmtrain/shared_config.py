@@ -14,7 +14,7 @@ from datetime import timedelta
 from torch.distributed import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from llmtrain.train.distributed import World
+from llmtrain.distributed import World
 
 # Composing takes seconds; starting the ranks of a large job may take minutes.
 TIMEOUT = timedelta(minutes=10)

@@ -20,10 +20,9 @@ from collections.abc import Callable
 
 import torch
 
-from llmtrain import accounting, build
+from llmtrain import accounting, build, distributed
 from llmtrain.config import compose
 from llmtrain.data.batch import Batch, MicroBatch
-from llmtrain.train import distributed
 from llmtrain.train.engine import Engine
 from llmtrain.train.module import TrainModule
 from llmtrain.train.optimizer import AdamW

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from llmtrain import checkpoint
 from llmtrain.checkpoint import BadCheckpoint, FragmentReader, load_model
+from llmtrain.distributed import World
 from llmtrain.train.checkpoint import CheckpointWriter
-from llmtrain.train.distributed import World
 from llmtrain.train.partitions import KINDS, Fragment
 
 SHAPES = {"model.a": (3, 5), "model.b": (7,)}

@@ -14,6 +14,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from llmtrain.distributed import BACKENDS, choose_device, discover
+
 T = TypeVar("T")
 
 
@@ -22,18 +24,8 @@ TIMEOUT = timedelta(hours=2)
 
 
 def device(name: str) -> torch.device:
-    """This process's device for device = auto | cpu | cuda: the GPU of its LOCAL_RANK."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cpu":
-        return torch.device("cpu")
-    local_rank, found = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local_rank >= found:
-        raise ValueError(
-            f"device=cuda: this is rank {local_rank} of its machine, which shows {found} GPUs, "
-            f"expected one for each rank; start at most {found} ranks a machine, or set device=cpu"
-        )
-    return torch.device("cuda", local_rank)
+    """This process's device for device = auto | cpu | cuda: the GPU of its local rank."""
+    return choose_device(name, discover(dict(os.environ)), key="device")
 
 
 def join(device: torch.device) -> bool:
@@ -48,7 +40,7 @@ def join(device: torch.device) -> bool:
         return False
     cuda = device.type == "cuda"
     dist.init_process_group(
-        "nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device if cuda else None
+        BACKENDS[device.type], timeout=TIMEOUT, device_id=device if cuda else None
     )
     return True
 

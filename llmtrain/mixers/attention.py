@@ -18,7 +18,13 @@ from __future__ import annotations
 
 import torch
 from einops import rearrange
-from llmtrain_kernels.attention import BACKENDS, attention, visible_pairs
+from llmtrain_kernels.attention import (
+    BACKENDS,
+    Case,
+    attention,
+    select_backend,
+    visible_pairs,
+)
 from torch import Tensor
 
 from llmtrain.context import SequenceContext
@@ -192,6 +198,25 @@ class Attention(Mixer):
                 f"attention: got {total} tokens for a state of {slots}, expected at most its "
                 "max_tokens; make it with a larger init_state(max_tokens=...)"
             )
+
+    def kernel_backend(
+        self, *, device: torch.device, dtype: torch.dtype, tokens: int, documents: bool
+    ) -> str:
+        on_gpu = device.type == "cuda"
+        case = Case(
+            device=device.type,
+            capability=torch.cuda.get_device_capability(device) if on_gpu else None,
+            dtype=dtype,
+            heads=self.n_heads,
+            kv_heads=self.n_kv_heads,
+            k_width=self.head_dim,
+            v_width=self.head_dim,
+            window=None if self.window is None or self.window >= tokens else self.window,
+            documents=documents,
+            boundaries=documents,
+            training=True,
+        )
+        return select_backend(case, self.backend).backend
 
     def flops_per_token(self, tokens: int) -> float:
         projections = (self.q_proj, self.k_proj, self.v_proj, self.out_proj)

@@ -45,6 +45,13 @@ class Mixer(nn.Module):
         """One token a row; ctx.positions_BT is [B, 1] and may differ between rows."""
         raise NotImplementedError
 
+    def kernel_backend(
+        self, *, device: torch.device, dtype: torch.dtype, tokens: int, documents: bool
+    ) -> str | None:
+        """Which kernel backend will train on rows of that many tokens, packed documents or not;
+        None where there is no choice. ValueError when a backend was named that cannot run there."""
+        return None
+
     def flops_per_token(self, tokens: int) -> float:
         """Forward FLOPs per token in a row of that many tokens (multiply-add = 2)."""
         raise NotImplementedError

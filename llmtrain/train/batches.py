@@ -11,8 +11,8 @@ import torch
 
 from llmtrain.data.batch import MicroBatch
 from llmtrain.data.loader import TokenLoader
+from llmtrain.distributed import World
 from llmtrain.plan import Plan
-from llmtrain.train.distributed import World
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import llmtrain
 from llmtrain.checkpoint import Manifest, list_checkpoints, sha256_of, step_name
-from llmtrain.train.distributed import World, broadcast_object, gather_objects
+from llmtrain.distributed import World, broadcast_object, gather_objects
 from llmtrain.train.partitions import Fragment
 
 DTYPES = {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}

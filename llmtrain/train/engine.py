@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmtrain.data.batch import MicroBatch
-from llmtrain.train.distributed import BACKENDS, TIMEOUT, World
+from llmtrain.distributed import BACKENDS, TIMEOUT, World
 from llmtrain.train.module import SUMS, TrainModule
 from llmtrain.train.partitions import FlatPartitions, Fragment, Replicated, WeightPartitions
 from llmtrain.train.zero import Zero0, deepspeed_config

@@ -20,9 +20,10 @@ from contextlib import contextmanager
 import torch
 from llmtrain_data.manifest import TOKEN_BYTES_FILE, TOKENIZER_FILE
 
+from llmtrain import distributed
 from llmtrain.data.prefetch import Prefetcher
 from llmtrain.model.init import keyed_seed
-from llmtrain.train import distributed, resume
+from llmtrain.train import resume
 from llmtrain.train.batches import HeldOut
 from llmtrain.train.checkpoint import CheckpointWriter
 from llmtrain.train.engine import Engine, Pending, bits_per_byte
@@ -257,6 +258,7 @@ class Run:
             "micro_steps": self.rows // self.world.size // self.setup.micro_batch,
             "data_fingerprint": self.setup.loader.fingerprint,
             "data_stream": self.setup.loader.stream_hash,
+            "backends": self.setup.backends,
             "deepspeed": self.engine.config,
         }
 

@@ -13,7 +13,7 @@ import yaml
 from llmtrain import checkpoint
 from llmtrain.checkpoint import FragmentReader
 from llmtrain.config import diff
-from llmtrain.train.distributed import World, broadcast_object
+from llmtrain.distributed import World, broadcast_object
 from llmtrain.train.engine import Engine
 
 log = logging.getLogger(__name__)

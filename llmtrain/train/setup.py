@@ -12,9 +12,9 @@ from llmtrain import build
 from llmtrain.accounting import train_flops_per_token
 from llmtrain.data.loader import TokenLoader
 from llmtrain.data.prefetch import check_rows
+from llmtrain.distributed import World
 from llmtrain.plan import Plan, describe, make_plan
 from llmtrain.train.batches import choose_micro_batch
-from llmtrain.train.distributed import World
 from llmtrain.train.module import TrainModule
 from llmtrain.train.optimizer import AdamW
 from llmtrain.train.runlog import check_writable
@@ -25,7 +25,8 @@ from llmtrain.train.zero import Zero0
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A checked run. held_out: None when the corpus has no held-out text."""
+    """A checked run. held_out: None when the corpus has no held-out text. backends: pattern letter
+    of a mixer -> the kernel backend that trains it."""
 
     config: dict
     world: World
@@ -39,6 +40,7 @@ class Setup:
     corpus: Path
     loader: TokenLoader
     held_out: TokenLoader | None
+    backends: dict[str, str]
 
     @classmethod
     def check(cls, config: dict, world: World, device: torch.device) -> Setup:
@@ -56,6 +58,7 @@ class Setup:
         splits = Manifest.load(corpus).splits
         loader = TokenLoader.open(corpus, "train", weights=data["weights"], **order)
         check_rows(loader, plan.rows, world.size, micro_batch)
+        backends = kernel_backends(config, device, loader.vocab_size)
         check_writable(Path(config["run_dir"]))
         return cls(
             config=config,
@@ -72,6 +75,7 @@ class Setup:
             corpus=corpus,
             loader=loader,
             held_out=TokenLoader.open(corpus, "val", **order) if "val" in splits else None,
+            backends=backends,
         )
 
     @property
@@ -98,4 +102,26 @@ class Setup:
     def describe(self) -> str:
         """The plan and the groups of the optimizer."""
         groups = self.optimizer.describe(self.build_module("meta"))
-        return f"{describe(self.plan)}\noptimizer groups\n{groups}"
+        chosen = ", ".join(f"mixer {letter}: {name}" for letter, name in self.backends.items())
+        lines = [describe(self.plan), "optimizer groups", groups]
+        return "\n".join(lines + ([f"kernel backends  {chosen}"] if chosen else []))
+
+
+def kernel_backends(config: dict, device: torch.device, vocab_size: int) -> dict[str, str]:
+    """Pattern letter -> backend, of the mixers that choose one. ValueError for an impossible one.
+
+    Asked before the start, because inside of torch.compile the error would drown.
+    """
+    knobs = config["train"]
+    model = build.build_model(config, vocab_size=vocab_size, device="meta")
+    chosen = {}
+    for letter, block in zip(build.layer_letters(config), model.stack.blocks):
+        backend = block.mixer.kernel_backend(
+            device=device,
+            dtype=build.DTYPES[knobs["precision"]],
+            tokens=knobs["seq_len"],
+            documents=knobs["mask_documents"],
+        )
+        if backend is not None:
+            chosen[letter] = backend
+    return chosen

@@ -7,13 +7,13 @@ import os
 import subprocess
 import sys
 
-from llmtrain.train.distributed import free_port
+from llmtrain.distributed import free_port
 
 SHARE = """
 import json, os, sys
 import torch.distributed as dist
 from llmtrain.shared_config import shared
-from llmtrain.train.distributed import discover
+from llmtrain.distributed import discover
 rank = os.environ["RANK"]
 with shared(discover(os.environ), lambda: {"composed by": rank}) as config:
     dist.init_process_group("gloo")  # the group meets where the store already is

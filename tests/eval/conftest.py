@@ -16,8 +16,8 @@ from lm_eval.api.instance import Instance
 
 from llmtrain import build
 from llmtrain.config import compose
+from llmtrain.distributed import World
 from llmtrain.train.checkpoint import CheckpointWriter
-from llmtrain.train.distributed import World
 from llmtrain.train.partitions import Fragment
 
 VOCABULARY = """the model reads a row of tokens and predicts every next one while documents stay

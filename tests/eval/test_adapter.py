@@ -150,8 +150,10 @@ def test_one_process_shares_with_itself():
 
 
 def test_more_ranks_than_gpus(monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "2")
+    started = {"RANK": "2", "LOCAL_RANK": "2", "WORLD_SIZE": "3", "MASTER_ADDR": "localhost"}
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match=r"device=cuda: this is rank 2 .* shows 2 GPUs.*at most 2"):
+    with pytest.raises(ValueError, match=r"^device=cuda: rank 2 is .* shows 2 GPUs.*at most 2"):
         ranks.device("cuda")
     assert ranks.device("cpu") == torch.device("cpu")

@@ -9,10 +9,10 @@ import torch
 
 from llmtrain.config import compose
 from llmtrain.data.loader import TokenLoader
+from llmtrain.distributed import World
 from llmtrain.plan import make_plan
 from llmtrain.train import batches
 from llmtrain.train.batches import HeldOut, choose_micro_batch
-from llmtrain.train.distributed import World
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -109,9 +109,10 @@ def test_run_folder_and_summary(configure, tmp_path, capsys):
     assert start["seed"] == 0
     assert start["deepspeed"]["gradient_clipping"] == 0.0
     assert {"torch", "deepspeed", "python"} <= start["versions"].keys()
-    assert "attention" in (run_dir / "run.log").read_text() or start["resumed_step"] == 0
+    assert start["backends"] == {"a": "sdpa"}
     printed = capsys.readouterr().out
     assert "optimizer groups" in printed
+    assert "kernel backends  mixer a: sdpa" in printed
     assert "train 4/12 | loss" in printed
 
 
@@ -260,6 +261,13 @@ def test_another_corpus_is_refused(configure, tmp_path):
                 Path(config["data"]["root"]) / "text", "train", seq_len=32, seed=0
             ).fingerprint,
         )
+
+
+def test_named_backend_that_cannot_run_here(configure, tmp_path):
+    message = r"attention backend=varlen: needs bfloat16 or float16 on CUDA.*mixer.backend=auto"
+    with pytest.raises(ValueError, match=message):
+        train(configure("run", "mixer.backend=varlen", "train.compile=model"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_unwritable_run_folder(configure, tmp_path):

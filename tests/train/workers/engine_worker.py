@@ -16,9 +16,10 @@ from pathlib import Path
 import tiny
 import torch
 
-from llmtrain.train import distributed, resume
+from llmtrain import distributed
+from llmtrain.distributed import World
+from llmtrain.train import resume
 from llmtrain.train.checkpoint import CheckpointWriter
-from llmtrain.train.distributed import World
 from llmtrain.train.engine import Engine
 from llmtrain.train.zero import Zero0, Zero1, Zero2, Zero3
 

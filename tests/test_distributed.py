@@ -7,7 +7,7 @@ import socket
 import pytest
 import torch
 
-from llmtrain.train.distributed import World, choose_device, discover, first_host
+from llmtrain.distributed import World, choose_device, discover, first_host
 
 FIVE = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 SRUN = {

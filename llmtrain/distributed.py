@@ -79,10 +79,10 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def choose_device(name: str, world: World) -> torch.device:
-    """The device of this rank for train.device = auto | cpu | cuda."""
+def choose_device(name: str, world: World, *, key: str = "train.device") -> torch.device:
+    """The device of this rank for auto | cpu | cuda; key: how the user names the knob."""
     if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"train.device: got {name!r}, expected auto, cpu or cuda")
+        raise ValueError(f"{key}: got {name!r}, expected auto, cpu or cuda")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
@@ -90,9 +90,9 @@ def choose_device(name: str, world: World) -> torch.device:
     found = torch.cuda.device_count()
     if world.local_rank >= found:
         raise ValueError(
-            f"train.device=cuda: rank {world.rank} is number {world.local_rank} on its machine, "
+            f"{key}=cuda: rank {world.rank} is number {world.local_rank} on its machine, "
             f"which shows {found} GPUs, expected one for each rank; start at most {found} ranks a "
-            "machine (and let each see all of its GPUs), or set train.device=cpu"
+            f"machine (and let each see all of its GPUs), or set {key}=cpu"
         )
     return torch.device("cuda", world.local_rank)
 

@@ -21,6 +21,7 @@ RANKS = 2
 EXPERIMENT = "experiment=quickstart"
 # Small enough for two cores; contexts as long as a row of the training and twice that.
 EVALUATION = [
+    "device=cpu",
     "bits_per_byte.stride=128",
     "next_line.items=120",
     "passkey.lengths=[128,256,512]",
@@ -90,6 +91,7 @@ def main() -> None:
                 "generate",
                 f"checkpoint={run_dir.relative_to(ROOT)}",
                 f"prompt={json.dumps(PROMPTS)}",
+                "device=cpu",
                 "max_new_tokens=48",
                 "temperature=0.7",
             ),

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -117,10 +118,17 @@ def summarise(run_dir: Path, seconds: dict[str, float]) -> dict:
             "likelihood_chance": passkey["chance"]["likelihood"],
         },
         "lm_eval": {"next_line": results["tasks"]["next_line"]},
-        "tokens_per_s": training["tokens_per_second"],
+        "tokens_per_s": training_rate(run_dir),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "training": training,
     }
+
+
+def training_rate(run_dir: Path) -> float:
+    """Tokens a second, the median of all logged intervals, those of earlier starts included."""
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    return statistics.median(e["tokens_per_second"] for e in entries if e["kind"] == "train")
 
 
 def report(summary: dict, run_dir: Path, corpus: Path) -> str:

@@ -19,6 +19,7 @@ from llmtrain.data.batch import MicroBatch
 from llmtrain.data.loader import TokenLoader
 from llmtrain.objectives.causal import Causal
 from llmtrain.train import resume
+from llmtrain.train.engine import Engine
 from llmtrain.train.loop import train
 
 STEPS, ROWS = 12, 8
@@ -164,6 +165,24 @@ def test_signal_saves_and_the_same_command_continues_bit_for_bit(
     last = "checkpoints/step-00000040"
     assert same(runs[0] / last, runs[1] / last)
     assert lines(runs[1], "starts")[1]["resumed_step"] == stopped["step"]
+
+
+def test_signal_counts_though_a_library_took_its_handler(configure, tmp_path, monkeypatch):
+    """Micro-batch 5 (step 3) stands for a compiler that sets a handler, 9 (step 5) for Slurm."""
+    stolen, calls, accumulate = [], [], Engine.accumulate
+
+    def accumulate_with_events(self, micro, *, last):
+        calls.append(micro)
+        if len(calls) == 5:
+            signal.signal(signal.SIGTERM, lambda number, frame: stolen.append(number))
+        if len(calls) == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+        accumulate(self, micro, last=last)
+
+    monkeypatch.setattr(Engine, "accumulate", accumulate_with_events)
+    summary = train(configure("run"))
+    assert (summary["finished"], summary["step"], stolen) == (False, 5, [])
+    assert steps_of(tmp_path / "run") == [5]
 
 
 def test_finished_run_started_again_adds_nothing(configure, tmp_path):

@@ -18,8 +18,8 @@ def visible_BTS(
 ) -> Tensor:
     """bool [B or 1, T, S], True where key s is visible to query t; arguments as attention().
 
-    Building it takes about 1 % of the attention that follows (CPU, T 256 and 1024), so layers do
-    not share it; inside one compiled graph equal masks are computed once.
+    A few comparisons a pair, against 2 K products each for scores and values in the attention that
+    follows, so layers do not share it; inside one compiled graph equal masks are computed once.
     """
     tokens, keys = q_BTHK.shape[1], k_BSGK.shape[1]
     if k_positions_BS is None:

@@ -3,9 +3,10 @@
 Dense rows take its causal kernels: flash on the CPU, cuDNN or flash on CUDA in half precision.
 Documents, windows and caches become a boolean mask, and hidden pairs are computed too.
 
-cuDNN comes first for training on Hopper and Blackwell: on an H100, B4 T4096 H16 K128 bf16, it
-takes 0.49 ms forward and 2.11 ms with backward against flash's 0.90 and 3.63 (PyTorch 2.11). It
-builds a plan for every new shape, so inference, whose lengths vary, stays with flash.
+cuDNN comes first for training on Hopper (and, not measured, Blackwell): on an H100, B4 T4096 H16
+K128 bf16, it takes 0.60 ms forward and 2.15 ms with backward against flash's 1.01 and 3.58
+(PyTorch 2.11, results/2026-11-23_attention_h100). It builds a plan for every new shape, so
+inference, whose lengths vary, stays with flash.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from llmtrain_kernels.attention.case import Case
 from llmtrain_kernels.attention.mask import visible_BTS
 
-CUDNN_MAJORS = (9, 10)  # compute capabilities on which cuDNN's kernels beat flash
+CUDNN_MAJORS = (9, 10)  # compute capabilities on which cuDNN comes before flash
 CUDNN_FIRST = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,

@@ -16,6 +16,9 @@ from pathlib import Path
 from llmtrain_data.shards import write_atomic
 from lm_eval.utils import handle_non_serializable
 
+# What an evaluation writes into its folder.
+FILES = ("results.json", "results.md", "passkey.json", "passkey.png", "samples")
+
 PACKAGES = ("llmtrain", "torch", "lm_eval", "transformers", "tokenizers", "datasets", "numpy")
 # task, metric, value, standard error, items
 Line = tuple[str, str, float | None, float | None, int | None]
@@ -84,6 +87,20 @@ def markdown(results: dict) -> str:
 
 def number(value: float | None, otherwise: str) -> str:
     return otherwise if value is None else f"{value:.4f}"
+
+
+def set_aside(out: Path) -> None:
+    """Move what an earlier evaluation left in the folder to previous-N in it, N = 1, 2, ..."""
+    earlier = [out / name for name in FILES if (out / name).exists()]
+    if not earlier:
+        return
+    number = 1
+    while (out / f"previous-{number}").exists():
+        number += 1
+    folder = out / f"previous-{number}"
+    folder.mkdir()
+    for path in earlier:
+        path.rename(folder / path.name)
 
 
 def write(results: dict, out: Path) -> None:

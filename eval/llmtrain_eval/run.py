@@ -172,6 +172,8 @@ class Evaluation:
         began = time.perf_counter()
         precision = self.config["precision"]
         loaded = checkpoint.load_model(self.folder, self.device, DTYPES[precision])
+        if ranks.rank() == 0:
+            report.set_aside(self.out)
         results: dict = {
             "checkpoint": report.checkpoint_facts(self.folder, loaded.step),
             "versions": report.versions(),

@@ -42,3 +42,17 @@ def test_files(tmp_path):
 def test_versions_name_every_package():
     assert set(report.versions()) == {"python", *report.PACKAGES}
     assert report.versions()["torch"][0].isdigit()
+
+
+def test_an_earlier_evaluation_is_set_aside(tmp_path):
+    report.set_aside(tmp_path / "none")  # nothing there: nothing made
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "notes.txt").write_text("the user's own")
+    for content in ("first", "second"):
+        (tmp_path / "results.json").write_text(content)
+        (tmp_path / "samples").mkdir()
+        (tmp_path / "samples" / "task.jsonl").write_text(content)
+        report.set_aside(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "previous-1", "previous-2"]
+    assert (tmp_path / "previous-1" / "results.json").read_text() == "first"
+    assert (tmp_path / "previous-2" / "samples" / "task.jsonl").read_text() == "second"

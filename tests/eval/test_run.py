@@ -119,6 +119,9 @@ def test_results_lie_beside_the_checkpoints_by_default(evaluate, make_run):
     results = evaluate(run_dir, "tasks=[bits_per_byte]", "out=null", "bits_per_byte.stride=32")
     written = json.loads((run_dir / "eval" / "results.json").read_text())
     assert written["config"] == results["config"]
+    evaluate(run_dir, "tasks=[bits_per_byte]", "out=null", "bits_per_byte.stride=16")
+    earlier = json.loads((run_dir / "eval" / "previous-1" / "results.json").read_text())
+    assert earlier == written
 
 
 def test_bfloat16(evaluate, run_dir):

@@ -1,0 +1,21 @@
+"""Published models: the preset builds on meta and has as many parameters as was published."""
+
+import pytest
+
+from llmtrain.accounting import parameters_by_part
+from llmtrain.build import build_model
+from llmtrain.config import compose
+
+# overrides -> (parameters, where the number comes from). Exact, vocabulary as published.
+PRESETS = {
+    ("model=llama3_8b",): (8_030_261_248, "meta-llama/Meta-Llama-3-8B, safetensors index"),
+}
+
+
+@pytest.mark.parametrize("overrides", PRESETS, ids=" ".join)
+def test_parameters_are_those_published(overrides):
+    expected, _ = PRESETS[overrides]
+    config = compose("train", list(overrides))
+    vocab_size = config["model"]["vocab_size"]
+    model = build_model(config, vocab_size=vocab_size, device="meta")
+    assert parameters_by_part(model)["total"] == expected

@@ -37,8 +37,10 @@ def compose(
     found, typed = groups.options(config_dirs), groups.parse(overrides)
     by_group = [override for override in typed if groups.is_group(override, found)]
     values = [override for override in typed if override not in by_group]
+    takes_groups = bool(groups.defaults(command))
+    chosen = groups.chosen_options(command, by_group, config_dirs) if takes_groups else {}
     for override in by_group:
-        groups.check_group(override, found, groups.defaults(command), command)
+        groups.check_group(override, found, chosen, command)
     try:
         raw, choices = hydra_compose(command, overrides, config_dirs)
     except ValueError:

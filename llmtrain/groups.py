@@ -17,6 +17,8 @@ from hydra.errors import OverrideParseException
 
 # Dicts whose keys the user chooses.
 OPEN = ("data.sources", "data.val_sources", "data.weights")
+# Groups of which further options can be mounted at pattern letters, and where.
+MOUNTS = {"mixer": "mixers", "channel": "channels"}
 
 
 def config_root() -> Path:
@@ -56,6 +58,46 @@ def defaults(command: str) -> dict[str, str]:
         for entry in yaml.safe_load(file.read_text(encoding="utf-8")).get("defaults", []):
             chosen.update(entry if isinstance(entry, dict) else {})
     return chosen
+
+
+def chosen_options(
+    command: str, typed: list[Override], config_dirs: Sequence[str | Path] = ()
+) -> dict[str, str]:
+    """Group, or group@package, -> option: what the defaults, the options' own lists of defaults
+    (a stack or an experiment may mount parts) and then the command line choose."""
+    given_options = {
+        override.key_or_group: override.value()
+        for override in typed
+        if override.package is None and not override.is_add()
+    }
+    chosen = {**defaults(command), **given_options}
+    experiment = option_defaults("experiment", chosen.get("experiment"), config_dirs)
+    overridden = {key: name for key, name in experiment.items() if "@" not in key}
+    chosen = {**chosen, **overridden, **given_options}
+    mounted = {
+        key: name
+        for group, option in chosen.items()
+        for key, name in option_defaults(group, option, config_dirs).items()
+        if "@" in key
+    }
+    return {**mounted, **chosen}
+
+
+def option_defaults(
+    group: str, option: object, config_dirs: Sequence[str | Path] = ()
+) -> dict[str, str]:
+    """What the list of defaults in an option's file chooses: group or group@package -> option."""
+    files = [Path(root) / group / f"{option}.yaml" for root in (*config_dirs, config_root())]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        return {}
+    content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    entries = [entry for entry in content.get("defaults", []) if isinstance(entry, dict)]
+    return {
+        re.sub(r"^(override )?/?", "", key).replace("@_global_.", "@"): name
+        for entry in entries
+        for key, name in entry.items()
+    }
 
 
 def keys_text(command: str) -> list[str]:
@@ -103,7 +145,7 @@ def check_group(
 ) -> None:
     """ValueError when a group override names no group or option, or mounts it nowhere.
 
-    chosen: group (or group@package) -> option of the command's defaults.
+    chosen: group (or group@package) -> option, as chosen_options() gives it.
     """
     text, group, package = override.input_line, override.key_or_group, override.package
     if group not in groups:
@@ -130,13 +172,20 @@ def check_group(
                 f"{text}: {group} is already chosen ({group}={chosen[group]}); write "
                 f"{group}={option} without +"
             )
-    elif group != "mixer" or not re.fullmatch(r"mixers\.[b-z]", package):
+    elif group not in MOUNTS or not re.fullmatch(rf"{MOUNTS[group]}\.[b-z]", package):
         raise ValueError(
-            f"{text}: got package {package!r}, expected a further mixer mounted at a letter b-z: "
-            "+mixer@mixers.b=<option>, with the letter in stack.pattern"
+            f"{text}: got package {package!r}, expected a further mixer or channel mounted at a "
+            "letter b-z: +mixer@mixers.b=<option> with the letter in stack.pattern, or "
+            "+channel@channels.b=<option> with the letter in stack.channel_pattern"
         )
     elif f"{group}@{package}" not in chosen and not override.is_add():
         raise ValueError(f"{text}: {package} is not mounted yet; write +{text} with a leading +")
+    elif f"{group}@{package}" in chosen and override.is_add():
+        mounted = chosen[f"{group}@{package}"]
+        raise ValueError(
+            f"{text}: {package} is already mounted ({group}@{package}={mounted}); write "
+            f"{text.lstrip('+')} without +"
+        )
 
 
 def check_key(override: Override, config: dict, groups: Collection[str]) -> None:

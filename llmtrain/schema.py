@@ -75,6 +75,7 @@ class TrainConfig:
     seed: int
     train: Train
     mixers: dict[str, dict]
+    channels: dict[str, dict]
     dry_run: bool
     model: Model
     data: Data

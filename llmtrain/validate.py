@@ -45,7 +45,7 @@ def validate(command: str, config: dict, raw: dict, typed: list[Override]) -> No
         check_prep(typed)
         return
     check_sizes(config)
-    check_mixers(config)
+    check_mounted(config)
     check_position(config)
     check_model_overrides(raw, typed)
     if command == "plan":
@@ -138,15 +138,16 @@ def check_sizes(config: dict) -> None:
         )
 
 
-def check_mixers(config: dict) -> None:
-    """Every mounted mixer stands in the pattern."""
-    letters = set(build.layer_letters(config))
-    for letter, (_, name) in build.mounted_mixers(config).items():
-        if letter not in letters:
-            raise ValueError(
-                f"{name}: has no effect, letter {letter!r} does not stand in stack.pattern="
-                f"{config['stack']['pattern']}; add the letter or remove the mixer"
-            )
+def check_mounted(config: dict) -> None:
+    """Every mounted mixer and channel stands in its pattern."""
+    for group, pattern in build.PATTERNS.items():
+        letters = set(build.layer_letters(config, group))
+        for letter, (_, name) in build.mounted(config, group).items():
+            if letter not in letters:
+                raise ValueError(
+                    f"{name}: has no effect, letter {letter!r} does not stand in stack.{pattern}="
+                    f"{config['stack'][pattern]}; add the letter or remove the {group}"
+                )
 
 
 def check_position(config: dict) -> None:
@@ -154,7 +155,7 @@ def check_position(config: dict) -> None:
     name = build.label(config, "position")
     if not build.target(config["position"], name).rotary_kind:
         return
-    mixers = list(build.mounted_mixers(config).values())
+    mixers = list(build.mounted(config, "mixer").values())
     if not any(build.target(*mixer).uses_positions for mixer in mixers):
         raise ValueError(
             f"{name}: has no effect, none of {', '.join(label for _, label in mixers)} reads "

@@ -2,6 +2,8 @@
 
 pre:  x = x + mixer(norm1(x));  x = x + channel(norm2(x))     (the stack's output needs a last norm)
 post: x = norm1(x + mixer(x));  x = norm2(x + channel(x))     (Vaswani et al. 2017, section 3.1)
+
+With channel=none the second half is missing, its norm too, as in Mamba (arXiv:2312.00752).
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.channels.base import Aux, Channel
+from llmtrain.channels.none import NoChannel
 from llmtrain.context import SequenceContext
 from llmtrain.mixers.base import Mixer, State
 
@@ -36,7 +39,8 @@ class Block(nn.Module):
             )
         self.norm_position = norm_position
         self.norm1, self.mixer = norm1, mixer
-        self.norm2, self.channel = norm2, channel
+        self.channel = channel
+        self.norm2 = None if isinstance(channel, NoChannel) else norm2
 
     def forward(
         self, x_BTD: Tensor, ctx: SequenceContext, state: State | None = None
@@ -44,10 +48,14 @@ class Block(nn.Module):
         if self.norm_position == "pre":
             y_BTD, state = self.mixer(self.norm1(x_BTD), ctx, state)
             x_BTD = x_BTD + y_BTD
+            if self.norm2 is None:
+                return x_BTD, state, {}
             y_BTD, aux = self.channel(self.norm2(x_BTD), ctx)
             return x_BTD + y_BTD, state, aux
         y_BTD, state = self.mixer(x_BTD, ctx, state)
         x_BTD = self.norm1(x_BTD + y_BTD)
+        if self.norm2 is None:
+            return x_BTD, state, {}
         y_BTD, aux = self.channel(x_BTD, ctx)
         return self.norm2(x_BTD + y_BTD), state, aux
 
@@ -56,9 +64,13 @@ class Block(nn.Module):
         if self.norm_position == "pre":
             y_BD, state = self.mixer.step(self.norm1(x_BD), ctx, state)
             x_BD = x_BD + y_BD
+            if self.norm2 is None:
+                return x_BD, state
             return x_BD + self.token_channel(self.norm2(x_BD), ctx), state
         y_BD, state = self.mixer.step(x_BD, ctx, state)
         x_BD = self.norm1(x_BD + y_BD)
+        if self.norm2 is None:
+            return x_BD, state
         return self.norm2(x_BD + self.token_channel(x_BD, ctx)), state
 
     def token_channel(self, x_BD: Tensor, ctx: SequenceContext) -> Tensor:

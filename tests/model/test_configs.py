@@ -33,6 +33,7 @@ SIZES = {
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_knobs_are_those_of_the_constructor(path):
     node = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    node.pop("defaults", None)  # of a stack that mounts mixers
     signature = inspect.signature(build.target(node, path.stem))
     keyword_only = {n: p for n, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY}
     knobs = set(build.knobs(node))
@@ -49,7 +50,7 @@ def test_knobs_are_those_of_the_constructor(path):
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_knob_has_a_comment(path):
-    for line in path.read_text().splitlines()[3:]:
+    for line in path.read_text().partition("_partial_: true\n")[2].splitlines():
         assert " # " in line, line
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 class Rotary:
     """Rotation angles of every token; built by the position module, applied by mixers.
 
-    cos_BTR, sin_BTR: float32 [B or 1, T, R], R = half of the rotated width of a head.
+    cos_BTR, sin_BTR: float32 [B or 1, T, R], R = half of the width that is turned.
     interleaved: pairs are (0,1),(2,3).. if True, (i, i+R) if False (the Llama layout).
     """
 
@@ -39,7 +39,8 @@ class SequenceContext:
     max_seqlen: the longest document in the batch (host int), an upper bound of T when dense.
     prefix_tokens: number of tokens already in the state, the same for every row (host int);
         0 for a fresh sequence.
-    rotary: set by the position module when it is rotary.
+    rotary: width of a rotated head part -> its angles, for every rotary_width among the model's
+        mixers; set by the position module when it is rotary, else None.
     """
 
     positions_BT: Tensor
@@ -47,7 +48,7 @@ class SequenceContext:
     cu_seqlens: Tensor | None = None
     max_seqlen: int
     prefix_tokens: int = 0
-    rotary: Rotary | None = None
+    rotary: dict[int, Rotary] | None = None
 
     @classmethod
     def dense(
@@ -100,5 +101,5 @@ class SequenceContext:
         }
         return replace(self, **moved)
 
-    def with_rotary(self, rotary: Rotary | None) -> SequenceContext:
+    def with_rotary(self, rotary: dict[int, Rotary] | None) -> SequenceContext:
         return replace(self, rotary=rotary)

@@ -123,7 +123,7 @@ def make_model(make_blocks):
     def make(n=3, *, tied=True, dtype=torch.float64, seed=0, stack=None, **blocks):
         model = LanguageModel(
             embedding=Embedding(16, vocab_size=24, tied=tied, init_std=0.2),
-            position=NoPosition(16, max_seq_len=64, head_dim=16),
+            position=NoPosition(16, max_seq_len=64, rotary_widths=()),
             stack=Stack(make_blocks(n, **blocks), **(stack or {})),
             norm=RMSNorm(16),
             vocab_size=19,

@@ -59,12 +59,13 @@ def llama_config(model: LanguageModel) -> LlamaConfig:
 
 def rope_theta(position: Rope) -> float:
     """The base of the frequencies theta^(-i/R): the one that is 1 / frequency R."""
-    count = len(position.frequencies_R)
+    (frequencies_R,) = position.frequencies.values()
+    count = len(frequencies_R)
     if count == 1:
         return 10000.0  # one pair turns by one radian a token, whatever the base
-    theta = float(position.frequencies_R[1]) ** -count
+    theta = float(frequencies_R[1]) ** -count
     plain_R = theta ** (-torch.arange(count, dtype=torch.float64) / count)
-    if position.scale != 1.0 or not torch.allclose(plain_R, position.frequencies_R, rtol=1e-9):
+    if position.scale != 1.0 or not torch.allclose(plain_R, frequencies_R, rtol=1e-9):
         raise no_counterpart("position", "scaled frequencies", "position.scaling=none")
     return round(theta, 6)
 
@@ -120,7 +121,7 @@ def check(model: LanguageModel) -> None:
         if mixer.softmax_scale not in (None, mixer.head_dim**-0.5):
             got = f"softmax_scale={mixer.softmax_scale}"
             raise no_counterpart(f"{place}, mixer", got, "mixer.softmax_scale=null")
-        if 2 * len(position.frequencies_R) != mixer.head_dim:
+        if position.fraction != 1.0:
             raise no_counterpart("position", "a partly rotated head", "position.fraction=1.0")
         if type(block.channel) is not SwiGLU:
             raise no_counterpart(f"{place}, channel", type(block.channel).__name__, "swiglu")

@@ -85,6 +85,7 @@ class Attention(Mixer):
             )
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
         self.head_dim = d_model // n_heads if head_dim is None else head_dim
+        self.rotary_width = self.head_dim
         self.window, self.softmax_scale, self.backend = window, softmax_scale, backend
         heads, groups = n_heads * self.head_dim, n_kv_heads * self.head_dim
         self.q_proj = Linear(d_model, heads, bias=bias, init_std=init_std)
@@ -145,8 +146,8 @@ class Attention(Mixer):
         if self.q_norm is not None:
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         if ctx.rotary is not None:
-            q_BTHK = apply_rotary(q_BTHK, ctx.rotary)
-            k_BTGK = apply_rotary(k_BTGK, ctx.rotary)
+            rotary = ctx.rotary[self.rotary_width]
+            q_BTHK, k_BTGK = apply_rotary(q_BTHK, rotary), apply_rotary(k_BTGK, rotary)
         return q_BTHK, k_BTGK, v_BTGV
 
     def read_cache(

@@ -25,7 +25,8 @@ class Mixer(nn.Module):
     """
 
     causal: ClassVar[bool] = True
-    uses_positions: ClassVar[bool] = False  # reads ctx.rotary
+    uses_positions: ClassVar[bool] = False  # reads ctx.rotary[self.rotary_width]
+    rotary_width: int  # of the head part that positions may turn; set by those with uses_positions
     no_weight_decay: ClassVar[tuple[str, ...]] = ()  # names of parameters, relative to the mixer
 
     def forward(

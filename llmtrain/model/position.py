@@ -27,24 +27,24 @@ class NoPosition(nn.Module):
 
     rotary_kind: ClassVar[bool] = False  # hands out a Rotary, which no mixer may ignore
 
-    def __init__(self, d_model: int, *, max_seq_len: int, head_dim: int):
+    def __init__(self, d_model: int, *, max_seq_len: int, rotary_widths: tuple[int, ...]):
         super().__init__()
-        self.d_model, self.max_seq_len, self.head_dim = d_model, max_seq_len, head_dim
+        self.d_model, self.max_seq_len, self.rotary_widths = d_model, max_seq_len, rotary_widths
 
     def add(self, x_BTD: Tensor, ctx: SequenceContext) -> Tensor:
         """The embedded tokens with their positions added, in x's dtype."""
         return x_BTD
 
-    def rotary(self, ctx: SequenceContext) -> Rotary | None:
-        """The angles of every token, for mixers with uses_positions; None if not rotary."""
+    def rotary(self, ctx: SequenceContext) -> dict[int, Rotary] | None:
+        """The angles of every token for each of rotary_widths; None if not rotary."""
         return None
 
 
 class Sinusoidal(NoPosition):
     """Fixed waves of D/2 frequencies; sines fill the first half of the width, cosines the rest."""
 
-    def __init__(self, d_model: int, *, max_seq_len: int, head_dim: int):
-        super().__init__(d_model, max_seq_len=max_seq_len, head_dim=head_dim)
+    def __init__(self, d_model: int, *, max_seq_len: int, rotary_widths: tuple[int, ...]):
+        super().__init__(d_model, max_seq_len=max_seq_len, rotary_widths=rotary_widths)
         if d_model % 2:
             raise ValueError(
                 f"position=sinusoidal: got d_model={d_model}, expected an even width; "
@@ -61,8 +61,15 @@ class Sinusoidal(NoPosition):
 class Learned(NoPosition):
     """One trained vector for each of max_seq_len positions, N(0, init_std)."""
 
-    def __init__(self, d_model: int, *, max_seq_len: int, head_dim: int, init_std: float = 0.02):
-        super().__init__(d_model, max_seq_len=max_seq_len, head_dim=head_dim)
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        max_seq_len: int,
+        rotary_widths: tuple[int, ...],
+        init_std: float = 0.02,
+    ):
+        super().__init__(d_model, max_seq_len=max_seq_len, rotary_widths=rotary_widths)
         self.table = Embedding(d_model, vocab_size=max_seq_len, init_std=init_std)
 
     def add(self, x_BTD: Tensor, ctx: SequenceContext) -> Tensor:
@@ -80,7 +87,8 @@ class Learned(NoPosition):
 class Rope(NoPosition):
     """Rotary embedding, with the usual ways to reach further than the model was trained for.
 
-    theta: base of the wavelengths. fraction: share of a head's width that is rotated.
+    rotary_widths: of the head parts that the mixers turn; each gets frequencies of its own.
+    theta: base of the wavelengths. fraction: share of such a width that is rotated.
     interleaved: pairs are (0,1),(2,3).. (GPT-J) instead of (i, i + R) (Llama, GPT-NeoX).
     scaling and the knobs after it: llmtrain/model/rope_scaling.py; a knob that the chosen scaling
     does not use must be None.
@@ -93,7 +101,7 @@ class Rope(NoPosition):
         d_model: int,
         *,
         max_seq_len: int,
-        head_dim: int,
+        rotary_widths: tuple[int, ...],
         theta: float = 10000.0,
         fraction: float = 1.0,
         interleaved: bool = False,
@@ -105,20 +113,14 @@ class Rope(NoPosition):
         low_freq_factor: float | None = None,
         high_freq_factor: float | None = None,
     ):
-        super().__init__(d_model, max_seq_len=max_seq_len, head_dim=head_dim)
+        super().__init__(d_model, max_seq_len=max_seq_len, rotary_widths=rotary_widths)
         if not 0.0 < fraction <= 1.0:
             raise ValueError(
                 f"position=rope: got fraction={fraction}, expected more than 0 and at most 1; "
                 "use position=none to rotate nothing"
             )
-        width = int(head_dim * fraction)
-        if width % 2 or width == 0:
-            raise ValueError(
-                f"position=rope: got a rotated width of {width} (head_dim={head_dim} x "
-                f"fraction={fraction}), expected an even one; set position.fraction or "
-                "model.head_dim"
-            )
         self.theta, self.scaling, self.interleaved = theta, scaling, interleaved
+        self.fraction = fraction
         numbers = {
             "factor": factor,
             "original_max_seq_len": original_max_seq_len,
@@ -127,18 +129,38 @@ class Rope(NoPosition):
             "low_freq_factor": low_freq_factor,
             "high_freq_factor": high_freq_factor,
         }
-        self.frequencies_R = host_tensor(
-            inverse_frequencies(width, theta=theta, scaling=scaling, **numbers)
-        )
+        self.frequencies = {
+            width: host_tensor(
+                inverse_frequencies(
+                    turned_width(width, fraction), theta=theta, scaling=scaling, **numbers
+                )
+            )
+            for width in rotary_widths
+        }
         self.scale = attention_scale(scaling, factor)
 
-    def rotary(self, ctx: SequenceContext) -> Rotary:
-        angles_BTR = angles(ctx.positions_BT, self.frequencies_R)
-        return Rotary(
-            cos_BTR=(angles_BTR.cos() * self.scale).float(),
-            sin_BTR=(angles_BTR.sin() * self.scale).float(),
-            interleaved=self.interleaved,
+    def rotary(self, ctx: SequenceContext) -> dict[int, Rotary]:
+        tables = {}
+        for width, frequencies_R in self.frequencies.items():
+            angles_BTR = angles(ctx.positions_BT, frequencies_R)
+            tables[width] = Rotary(
+                cos_BTR=(angles_BTR.cos() * self.scale).float(),
+                sin_BTR=(angles_BTR.sin() * self.scale).float(),
+                interleaved=self.interleaved,
+            )
+        return tables
+
+
+def turned_width(width: int, fraction: float) -> int:
+    """How many of a head part's dimensions are turned. ValueError when they make no pairs."""
+    turned = int(width * fraction)
+    if turned % 2 or turned == 0:
+        raise ValueError(
+            f"position=rope: got a rotated width of {turned} (head width {width} x "
+            f"fraction={fraction}), expected an even one; set position.fraction or the mixer's "
+            "head_dim"
         )
+    return turned
 
 
 def host_tensor(frequencies: tuple[float, ...]) -> Tensor:
@@ -161,7 +183,7 @@ def apply_rotary(x_BTHK: Tensor, rotary: Rotary) -> Tensor:
     if width > x_BTHK.shape[-1]:
         raise ValueError(
             f"rotary: got angles for a width of {width}, expected at most the head's "
-            f"{x_BTHK.shape[-1]}; set model.head_dim to the mixer's"
+            f"{x_BTHK.shape[-1]}; set the mixer's rotary_width to it"
         )
     turned, rest = x_BTHK[..., :width], x_BTHK[..., width:]
     if rotary.interleaved:

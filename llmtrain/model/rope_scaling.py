@@ -102,7 +102,7 @@ def inverse_frequencies(
         if pairs < 2:
             raise ValueError(
                 f"position=rope: got a rotated width of {width} with scaling=ntk, expected at "
-                "least 4; set position.fraction or model.head_dim"
+                "least 4; set position.fraction or the mixer's head_dim"
             )
         theta = theta * n["factor"] ** (pairs / (pairs - 1))
     plain = [theta ** (-i / pairs) for i in range(pairs)]

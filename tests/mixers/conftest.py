@@ -114,7 +114,7 @@ class BreaksTheGraph(Recurrence):
 
 class ClaimsPositions(Recurrence):
     uses_positions = True
-    head_dim = 4
+    rotary_width = 4
 
 
 class TakesAnything(Recurrence):

@@ -34,7 +34,7 @@ def attention(**knobs):
 
 def context(batch, tokens, head_dim=8, prefix_tokens=0):
     ctx = SequenceContext.dense(batch, tokens, prefix_tokens=prefix_tokens)
-    return ctx.with_rotary(Rope(D, max_seq_len=T, head_dim=head_dim).rotary(ctx))
+    return ctx.with_rotary(Rope(D, max_seq_len=T, rotary_widths=(head_dim,)).rotary(ctx))
 
 
 def noise(*shape, seed=0):
@@ -186,7 +186,7 @@ def test_inductor_packed():
     starts_BT = torch.zeros(B, T, dtype=torch.bool)
     starts_BT[0, 9] = True
     ctx = SequenceContext.packed(starts_BT)
-    ctx = ctx.with_rotary(Rope(D, max_seq_len=T, head_dim=8).rotary(ctx))
+    ctx = ctx.with_rotary(Rope(D, max_seq_len=T, rotary_widths=(8,)).rotary(ctx))
     torch._dynamo.reset()
     compiled = torch.compile(mixer, fullgraph=True)
     results = []

@@ -70,7 +70,8 @@ def rotated(mixer, ctx):
     """The context as the model would hand it to this mixer."""
     if not mixer.uses_positions:
         return ctx
-    return ctx.with_rotary(Rope(D, max_seq_len=T, head_dim=mixer.head_dim).rotary(ctx))
+    rope = Rope(D, max_seq_len=T, rotary_widths=(mixer.rotary_width,))
+    return ctx.with_rotary(rope.rotary(ctx))
 
 
 def dense(mixer, batch, tokens, prefix_tokens=0):
@@ -188,8 +189,8 @@ def test_every_parameter_gets_a_finite_gradient(subject):
 def test_positions_are_used_as_declared(subject):
     mixer, x_BTD = subject.mixer(), noise(B, T, D)
     ctx = SequenceContext.dense(B, T)
-    head_dim = mixer.head_dim if mixer.uses_positions else 4
-    turned = ctx.with_rotary(Rope(D, max_seq_len=T, head_dim=head_dim).rotary(ctx))
+    width = mixer.rotary_width if mixer.uses_positions else 4
+    turned = ctx.with_rotary(Rope(D, max_seq_len=T, rotary_widths=(width,)).rotary(ctx))
     same = mixer(x_BTD, ctx)[0].equal(mixer(x_BTD, turned)[0])
     assert same is not mixer.uses_positions
 

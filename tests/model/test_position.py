@@ -20,7 +20,7 @@ from llmtrain.model.position import Learned, NoPosition, Rope, Sinusoidal, apply
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CLASSES = {"none": NoPosition, "sinusoidal": Sinusoidal, "learned": Learned, "rope": Rope}
-FACTS = {"max_seq_len": 64, "head_dim": 8}
+FACTS = {"max_seq_len": 64, "rotary_widths": (8,)}
 B, T, H, K = 2, 20, 3, 8
 
 
@@ -75,8 +75,8 @@ def test_a_document_counts_from_its_start(cls):
     whole, alone = module.rotary(ctx), module.rotary(dense(T - 7))
     row, rest = module.rotary(dense()), module.rotary(dense(T - 5, prefix_tokens=5))
     for table in ("cos_BTR", "sin_BTR"):
-        assert getattr(whole, table)[0, 7:].equal(getattr(alone, table)[0])
-        assert getattr(row, table)[:, 5:].equal(getattr(rest, table))
+        assert getattr(whole[8], table)[0, 7:].equal(getattr(alone[8], table)[0])
+        assert getattr(row[8], table)[:, 5:].equal(getattr(rest[8], table))
 
 
 def initialise_if_needed(module):
@@ -117,7 +117,7 @@ def test_learned_refuses_what_its_table_lacks(ctx):
 
 
 def test_learned_takes_rows_longer_than_its_documents():
-    module = Learned(16, max_seq_len=13, head_dim=8)
+    module = Learned(16, max_seq_len=13, rotary_widths=())
     initialise(module, 0)
     assert module.add(torch.zeros(1, T, 16), packed([0, 7])).isfinite().all()
 
@@ -173,23 +173,25 @@ def test_scaling_equals_transformers(scaling, numbers, their_numbers, width, fra
     rope = Rope(
         4 * width,
         max_seq_len=64,
-        head_dim=width,
+        rotary_widths=(width,),
         theta=theta,
         fraction=fraction,
         scaling=scaling,
         **numbers,
     )
-    torch.testing.assert_close(rope.frequencies_R.float(), expected_R, rtol=1e-5, atol=0)
+    torch.testing.assert_close(rope.frequencies[width].float(), expected_R, rtol=1e-5, atol=0)
     assert rope.scale == pytest.approx(scale, rel=1e-12)
-    plain = Rope(4 * width, max_seq_len=64, head_dim=width, theta=theta, fraction=fraction)
-    assert not torch.allclose(rope.frequencies_R, plain.frequencies_R)
+    plain = Rope(4 * width, max_seq_len=64, rotary_widths=(width,), theta=theta, fraction=fraction)
+    assert not torch.allclose(rope.frequencies[width], plain.frequencies[width])
 
 
 def test_llama3_defaults_are_the_published_ones():
     numbers = {"scaling": "llama3", "factor": 8.0, "original_max_seq_len": 8192}
-    short = Rope(64, max_seq_len=64, head_dim=64, **numbers)
-    full = Rope(64, max_seq_len=64, head_dim=64, **numbers, low_freq_factor=1, high_freq_factor=4)
-    assert short.frequencies_R.equal(full.frequencies_R)
+    short = Rope(64, max_seq_len=64, rotary_widths=(64,), **numbers)
+    full = Rope(
+        64, max_seq_len=64, rotary_widths=(64,), **numbers, low_freq_factor=1, high_freq_factor=4
+    )
+    assert short.frequencies[64].equal(full.frequencies[64])
 
 
 def test_rotation_equals_llama():
@@ -199,7 +201,7 @@ def test_rotation_equals_llama():
     expected_BHTK, _ = apply_rotary_pos_emb(
         x_BTHK.transpose(1, 2), x_BTHK.transpose(1, 2), cos, sin
     )
-    rotary = Rope(H * K, max_seq_len=64, head_dim=K).rotary(ctx)
+    rotary = Rope(H * K, max_seq_len=64, rotary_widths=(K,)).rotary(ctx)[K]
     got_BTHK = apply_rotary(x_BTHK, rotary)
     # at position 1000 their float32 angles are off by up to 6e-5
     torch.testing.assert_close(got_BTHK.transpose(1, 2), expected_BHTK, rtol=0, atol=3e-4)
@@ -212,8 +214,8 @@ def test_interleaved_rotation_equals_gptj():
     table = modeling_gptj.create_sinusoidal_positions(64, config.rotary_dim)[:T].expand(B, T, 4)
     sin, cos = table.chunk(2, dim=-1)
     expected_BTHR = modeling_gptj.apply_rotary_pos_emb(x_BTHK[..., :4], sin, cos)
-    rope = Rope(H * K, max_seq_len=64, head_dim=K, fraction=0.5, interleaved=True)
-    got_BTHK = apply_rotary(x_BTHK, rope.rotary(dense()))
+    rope = Rope(H * K, max_seq_len=64, rotary_widths=(K,), fraction=0.5, interleaved=True)
+    got_BTHK = apply_rotary(x_BTHK, rope.rotary(dense())[K])
     torch.testing.assert_close(got_BTHK[..., :4], expected_BTHR, rtol=0, atol=1e-5)
     assert got_BTHK[..., 4:].equal(x_BTHK[..., 4:])
 
@@ -221,7 +223,7 @@ def test_interleaved_rotation_equals_gptj():
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_scores_depend_on_distance_alone(interleaved):
     """To float32's rounding of cosines, however far: the angles are float64."""
-    rope = Rope(K, max_seq_len=64, head_dim=K, interleaved=interleaved)
+    rope = Rope(K, max_seq_len=64, rotary_widths=(K,), interleaved=interleaved)
     q, k = noise(1, 1, 1, K), noise(1, 1, 1, K, seed=1)
 
     def score(q_position, k_position):
@@ -229,7 +231,7 @@ def test_scores_depend_on_distance_alone(interleaved):
             SequenceContext(positions_BT=torch.tensor([[p]]), max_seqlen=1)
             for p in (q_position, k_position)
         ]
-        turned = [apply_rotary(x, rope.rotary(ctx)) for x, ctx in zip((q, k), contexts)]
+        turned = [apply_rotary(x, rope.rotary(ctx)[K]) for x, ctx in zip((q, k), contexts)]
         return (turned[0] * turned[1]).sum().item()
 
     assert score(5, 2) != pytest.approx(score(5, 3), abs=1e-3)
@@ -238,7 +240,7 @@ def test_scores_depend_on_distance_alone(interleaved):
 
 
 def test_rotation_keeps_dtype_and_length():
-    rotary = Rope(K, max_seq_len=64, head_dim=K).rotary(dense())
+    rotary = Rope(K, max_seq_len=64, rotary_widths=(K,)).rotary(dense())[K]
     assert (rotary.cos_BTR.dtype, rotary.cos_BTR.shape) == (torch.float32, (B, T, K // 2))
     for dtype, tolerance in ((torch.float64, 1e-6), (torch.bfloat16, 2e-2)):
         x_BTHK = noise(B, T, H, K).to(dtype)
@@ -251,7 +253,7 @@ def test_rotation_keeps_dtype_and_length():
 def test_frequencies_survive_the_meta_device():
     with torch.device("meta"):
         rope, wave = Rope(16, **FACTS), Sinusoidal(16, **FACTS)
-    assert rope.frequencies_R.equal(Rope(16, **FACTS).frequencies_R)
+    assert rope.frequencies[8].equal(Rope(16, **FACTS).frequencies[8])
     assert wave.frequencies_R.equal(Sinusoidal(16, **FACTS).frequencies_R)
     assert not dict(rope.named_buffers())
 
@@ -265,7 +267,9 @@ def test_compiles_as_one_graph(cls):
     def both(x_BTD, ctx):
         rotary = module.rotary(ctx)
         y_BTD = module.add(x_BTD, ctx)
-        return y_BTD if rotary is None else y_BTD + rotary.cos_BTR.sum() + rotary.sin_BTR.sum()
+        if rotary is None:
+            return y_BTD
+        return y_BTD + sum(table.cos_BTR.sum() + table.sin_BTR.sum() for table in rotary.values())
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     for ctx in (packed([0, 7], [0]), packed([0, 3], [0, 9]), dense()):
@@ -313,9 +317,9 @@ def test_odd_width_has_no_waves():
 
 
 def test_rotary_wider_than_the_head():
-    rotary = Rope(16, max_seq_len=64, head_dim=16).rotary(dense())
+    rotary = Rope(16, max_seq_len=64, rotary_widths=(16,)).rotary(dense())[16]
     assert isinstance(rotary, Rotary)
-    with pytest.raises(ValueError, match="width of 16, expected at most the head's 8; set model"):
+    with pytest.raises(ValueError, match="width of 16, expected at most the head's 8; set the"):
         apply_rotary(noise(B, T, H, K), rotary)
 
 
@@ -323,3 +327,15 @@ def test_angles_are_exact_far_out():
     """float32 products would be off by 0.03 radians at a million."""
     far = position.angles(torch.tensor([[1_000_000]]), position.host_tensor((0.7,)))
     assert far.item() == pytest.approx(700_000.0, abs=1e-6)
+
+
+def test_every_width_has_its_own_angles():
+    """Mixers whose heads differ in width mix freely: each gets what it would get alone."""
+    ctx, knobs = packed([0, 7], [0]), {"theta": 500.0, "fraction": 0.5}
+    both = Rope(16, max_seq_len=64, rotary_widths=(8, 24), **knobs).rotary(ctx)
+    assert list(both) == [8, 24]
+    for width in both:
+        alone = Rope(16, max_seq_len=64, rotary_widths=(width,), **knobs).rotary(ctx)[width]
+        assert both[width].cos_BTR.shape == (B, T, width // 4)
+        assert both[width].cos_BTR.equal(alone.cos_BTR)
+        assert both[width].sin_BTR.equal(alone.sin_BTR)

@@ -26,7 +26,13 @@ from llmtrain.model.language_model import LanguageModel
 ALLOWED = ("llmtrain.", "llmtrain_data.")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Knobs of the stack that say how blocks are made, with their types; its others go to the stack.
-BLOCK_KNOBS = {"pattern": str | list[str], "norm_position": str}
+BLOCK_KNOBS = {
+    "pattern": str | list[str],
+    "channel_pattern": str | list[str],
+    "norm_position": str,
+}
+# Groups mounted at letters, and the knob of the stack with their letters.
+PATTERNS = {"mixer": "pattern", "channel": "channel_pattern"}
 
 
 def target(node: dict, where: str) -> Callable[..., Any]:
@@ -88,21 +94,22 @@ def label(config: dict, group: str) -> str:
     return group if option is None else f"{group}={option}"
 
 
-def mounted_mixers(config: dict) -> dict[str, tuple[dict, str]]:
-    """Pattern letter -> (mixer node, label). `mixer` is letter a."""
-    mounted = {"a": (config["mixer"], label(config, "mixer"))}
-    for letter, node in config.get("mixers", {}).items():
-        mounted[letter] = (node, label(config, f"mixer@mixers.{letter}"))
-    return mounted
+def mounted(config: dict, group: str = "mixer") -> dict[str, tuple[dict, str]]:
+    """Pattern letter -> (node, label) of the mixers or channels. `mixer`, `channel`: letter a."""
+    nodes = {"a": (config[group], label(config, group))}
+    for letter, node in config.get(f"{group}s", {}).items():
+        nodes[letter] = (node, label(config, f"{group}@{group}s.{letter}"))
+    return nodes
 
 
-def layer_letters(config: dict) -> list[str]:
-    """The pattern letter of every layer. ValueError when it does not fit the layers or mixers."""
-    pattern, n_layers = config["stack"]["pattern"], config["model"]["n_layers"]
+def layer_letters(config: dict, group: str = "mixer") -> list[str]:
+    """The pattern letter of every layer. ValueError when it does not fit the layers or parts."""
+    key = PATTERNS[group]
+    pattern, n_layers = config["stack"][key], config["model"]["n_layers"]
     if isinstance(pattern, str):
         if not pattern or n_layers % len(pattern):
             raise ValueError(
-                f"stack.pattern: got {pattern!r} ({len(pattern)} letters) for "
+                f"stack.{key}: got {pattern!r} ({len(pattern)} letters) for "
                 f"model.n_layers={n_layers}, expected a length that divides it; "
                 "change either, or give a list with one letter a layer"
             )
@@ -111,15 +118,15 @@ def layer_letters(config: dict) -> list[str]:
         letters = list(pattern)
         if len(letters) != n_layers:
             raise ValueError(
-                f"stack.pattern: got a list of {len(letters)} letters, expected "
+                f"stack.{key}: got a list of {len(letters)} letters, expected "
                 f"model.n_layers={n_layers}; change either, or give a string to be repeated"
             )
-    mounted = mounted_mixers(config)
+    names = mounted(config, group)
     for letter in letters:
-        if letter not in mounted:
+        if letter not in names:
             raise ValueError(
-                f"stack.pattern: letter {letter!r} names no mixer, expected one of "
-                f"{', '.join(sorted(mounted))}; mount it with +mixer@mixers.{letter}=<option>"
+                f"stack.{key}: letter {letter!r} names no {group}, expected one of "
+                f"{', '.join(sorted(names))}; mount it with +{group}@{group}s.{letter}=<option>"
             )
     return letters
 
@@ -164,7 +171,7 @@ def build_model(
     sizes = config["model"]
     d_model, n_layers = sizes["d_model"], sizes["n_layers"]
     rows = padded_vocab_size(config, vocab_size)
-    mounted = mounted_mixers(config)
+    mixers, channels = mounted(config), mounted(config, "channel")
 
     def norm() -> torch.nn.Module:
         return part(config["norm"], label(config, "norm"), d_model)
@@ -175,18 +182,19 @@ def build_model(
     core = n_layers - stack["prelude"] - stack["coda"]
     applications = n_layers + (stack["repeats"] - 1) * core
 
-    def block(layer_idx: int, letter: str) -> Block:
+    def block(layer_idx: int, mixer: str, channel: str) -> Block:
         facts = {"layer_idx": layer_idx, "n_layers": applications}
         return Block(
-            part(*mounted[letter], d_model, **facts),
-            part(config["channel"], label(config, "channel"), d_model, **facts),
+            part(*mixers[mixer], d_model, **facts),
+            part(*channels[channel], d_model, **facts),
             norm(),
             norm(),
             norm_position=config["stack"]["norm_position"],
         )
 
     with torch.device("meta" if torch.device(device).type == "meta" else "cpu"):
-        blocks = [block(i, letter) for i, letter in enumerate(layer_letters(config))]
+        letters = zip(layer_letters(config), layer_letters(config, "channel"))
+        blocks = [block(i, *pair) for i, pair in enumerate(letters)]
         model = LanguageModel(
             embedding=part(
                 config["embedding"], label(config, "embedding"), d_model, vocab_size=rows

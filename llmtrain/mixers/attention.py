@@ -87,6 +87,7 @@ class Attention(Mixer):
         self.head_dim = d_model // n_heads if head_dim is None else head_dim
         self.rotary_width = self.head_dim
         self.window, self.softmax_scale, self.backend = window, softmax_scale, backend
+        self.qk_norm = qk_norm
         heads, groups = n_heads * self.head_dim, n_kv_heads * self.head_dim
         self.q_proj = Linear(d_model, heads, bias=bias, init_std=init_std)
         self.k_proj = Linear(d_model, groups, bias=bias, init_std=init_std)

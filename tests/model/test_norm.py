@@ -7,6 +7,8 @@ from llmtrain.model.norm import LayerNorm, RMSNorm
 def defined(norm, x):
     """The equations of norm.py, in float64."""
     x, weight = x.double(), norm.weight.double()
+    if getattr(norm, "zero_centered", False):
+        weight = 1 + weight
     if isinstance(norm, RMSNorm):
         return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * weight
     centred = x - x.mean(-1, keepdim=True)
@@ -24,7 +26,12 @@ def build(kind, width=96, **knobs):
     return norm
 
 
-CASES = [(RMSNorm, {}), (LayerNorm, {}), (LayerNorm, {"bias": False})]
+CASES = [
+    (RMSNorm, {}),
+    (RMSNorm, {"zero_centered": True}),
+    (LayerNorm, {}),
+    (LayerNorm, {"bias": False}),
+]
 
 
 @pytest.mark.parametrize(("kind", "knobs"), CASES)
@@ -48,9 +55,9 @@ def test_bfloat16_is_float32_inside(kind, knobs):
 
 
 def test_starts_as_the_plain_norm():
-    for norm in (RMSNorm(8), LayerNorm(8)):
+    for norm, first in ((RMSNorm(8), 1), (RMSNorm(8, zero_centered=True), 0), (LayerNorm(8), 1)):
         torch.nn.init.constant_(norm.weight, float("nan"))
         norm.reset_parameters()
-        assert (norm.weight == 1).all()
+        assert (norm.weight == first).all()
         y = norm(torch.randn(64, 8))
         torch.testing.assert_close(y.square().mean(), torch.tensor(1.0), rtol=1e-3, atol=0)

@@ -20,7 +20,7 @@ import torch
 from llmtrain.model.language_model import LanguageModel
 from llmtrain.model.linear import Linear
 
-PARTS = ("embedding", "position", "mixer", "channel", "norm", "head")
+PARTS = ("embedding", "position", "mixer", "channel", "norm", "head", "mtp")
 FP32_BYTES = 4
 
 # Dense bf16 tensor-core peak in FLOP/s with float32 accumulation, from NVIDIA's data sheets and
@@ -60,13 +60,15 @@ def part_of(name: str) -> str:
 
 
 def flops_per_token(model: LanguageModel, tokens: int) -> float:
-    """Forward FLOPs per token in rows of that many tokens, padding rows of the head included."""
+    """Forward FLOPs per token in rows of that many tokens, padding rows of the head included, the
+    modules of multi-token prediction not."""
     return model.flops_per_token(tokens)
 
 
 def train_flops_per_token(model: LanguageModel, tokens: int) -> float:
-    """Forward and backward FLOPs per token in rows of that many tokens."""
-    return 3.0 * flops_per_token(model, tokens)
+    """Forward and backward FLOPs per token in rows of that many tokens, with multi-token
+    prediction."""
+    return 3.0 * (flops_per_token(model, tokens) + model.mtp_flops_per_token(tokens))
 
 
 def state_bytes(model: LanguageModel, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
@@ -167,7 +169,7 @@ def activation_bytes(model: LanguageModel, tokens: int, activation_checkpointing
     """
     size = model.compute_dtype.itemsize
     per_application = []
-    for block in model.stack.applications:
+    for block in [*model.stack.applications, *(model.mtp or ())]:
         linears = [m for m in block.modules() if isinstance(m, Linear)]
         values = sum(m.in_features + m.out_features for m in linears) * tokens
         weights = sum(m.weight.numel() for m in linears) if size < FP32_BYTES else 0
@@ -181,7 +183,11 @@ def activation_bytes(model: LanguageModel, tokens: int, activation_checkpointing
 def logits_bytes(
     model: LanguageModel, tokens: int, *, compiled: bool, chunk_tokens: int | None
 ) -> int:
-    """Logits and their gradient in compute dtype; eager, also three float32 copies in the loss."""
+    """Logits and their gradient in compute dtype; eager, also three float32 copies in the loss.
+
+    Every module of multi-token prediction has logits of its own; in chunks one head's are alive.
+    """
     size = model.compute_dtype.itemsize
-    rows = min(tokens, chunk_tokens or tokens)
+    heads = 1 if model.mtp is None else 1 + len(model.mtp)
+    rows = heads * tokens if chunk_tokens is None else min(tokens, chunk_tokens)
     return rows * model.padded_vocab_size * (2 * size + (0 if compiled else 3 * FP32_BYTES))

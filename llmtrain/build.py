@@ -21,6 +21,7 @@ from llmtrain.mixers.base import Mixer
 from llmtrain.model.block import Block
 from llmtrain.model.init import initialise
 from llmtrain.model.language_model import LanguageModel
+from llmtrain.model.multi_token import MultiTokenModule
 
 # A configuration may come with a downloaded checkpoint, so `_target_` can only name our own parts.
 ALLOWED = ("llmtrain.", "llmtrain_data.")
@@ -193,8 +194,17 @@ def build_model(
         )
 
     with torch.device("meta" if torch.device(device).type == "meta" else "cpu"):
-        letters = zip(layer_letters(config), layer_letters(config, "channel"))
+        letters = list(zip(layer_letters(config), layer_letters(config, "channel")))
         blocks = [block(i, *pair) for i, pair in enumerate(letters)]
+        mtp = [
+            MultiTokenModule(
+                d_model,
+                block=block(n_layers + i, *letters[-1]),
+                norms=(norm(), norm(), norm()),
+                init_std=sizes["init_std"],
+            )
+            for i in range(multi_token_depth(config))
+        ]
         model = LanguageModel(
             embedding=part(
                 config["embedding"], label(config, "embedding"), d_model, vocab_size=rows
@@ -211,11 +221,18 @@ def build_model(
             vocab_size=vocab_size,
             padded_vocab_size=rows,
             compute_dtype=compute_dtype,
+            mtp=mtp,
         )
     if torch.device(device).type == "meta":
         return model
     initialise(model, config["seed"])
     return model.to(device)
+
+
+def multi_token_depth(config: dict) -> int:
+    """How many modules of multi-token prediction the objective trains; they are like the last
+    layer."""
+    return config["objective"].get("depth", 0)
 
 
 def rotary_widths(blocks: list[Block]) -> tuple[int, ...]:

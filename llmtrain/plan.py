@@ -17,12 +17,14 @@ STAGES = (0, 1, 2, 3)
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """parameters: part -> count, with "total". flops: forward, per token; a training token costs
-    three times that. state_bytes: length in tokens -> bytes a generated row keeps, in bf16.
-    memory: ZeRO stage -> estimate for one rank. hours: None without a rate."""
+    """parameters: part -> count, with "total". flops: forward, per token; train_flops: per training
+    token, forward and backward at twice that, multi-token prediction included. state_bytes: length
+    in tokens -> bytes a generated row keeps, in bf16. memory: ZeRO stage -> estimate for one rank.
+    hours: None without a rate."""
 
     parameters: dict[str, int]
     flops: float
+    train_flops: float
     state_bytes: dict[int, int]
     memory: dict[int, MemoryEstimate]
     stage: int | None
@@ -33,11 +35,6 @@ class Plan:
     rows: int
     steps: int
     tokens: int
-
-    @property
-    def train_flops(self) -> float:
-        """FLOPs of a training token: forward, and backward at twice that."""
-        return 3.0 * self.flops
 
 
 def make_plan(config: dict, *, ranks: int = 1) -> Plan:
@@ -82,6 +79,7 @@ def make_plan(config: dict, *, ranks: int = 1) -> Plan:
     return Plan(
         parameters=accounting.parameters_by_part(model),
         flops=accounting.flops_per_token(model, seq_len),
+        train_flops=accounting.train_flops_per_token(model, seq_len),
         state_bytes={length: accounting.state_bytes(model, length) for length in lengths},
         memory={stage: memory(stage, micro_batch) for stage in STAGES},
         stage=getattr(build.target(config["deepspeed"], "deepspeed"), "stage", None),
@@ -115,6 +113,7 @@ def tokens_per_second(plan: Plan, wanted: dict) -> float | None:
 def describe(plan: Plan, rate: float | None = None) -> str:
     """The plan as text; rate: tokens per second of all ranks, for the hours."""
     total = plan.parameters["total"]
+    extra = ", multi-token prediction included" if plan.parameters["mtp"] else ""
     names = [*(field.name for field in fields(MemoryEstimate)), "total"]
     lines = ["parameters"]
     for name, count in plan.parameters.items():
@@ -123,7 +122,7 @@ def describe(plan: Plan, rate: float | None = None) -> str:
     lines += [
         f"FLOPs per token, rows of {plan.seq_len} tokens",
         f"  forward     {plan.flops:>16.4g}",
-        f"  training    {plan.train_flops:>16.4g}  (three times the forward pass)",
+        f"  training    {plan.train_flops:>16.4g}  (three times the forward pass{extra})",
         f"  whole run   {plan.train_flops * plan.tokens:>16.4g}",
         "state of one generated row (bfloat16)",
         *(f"  {length:>8} tokens {size:>13,} bytes" for length, size in plan.state_bytes.items()),

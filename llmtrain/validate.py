@@ -15,6 +15,7 @@ from hydra.core.override_parser.types import Override
 
 from llmtrain import build, schema
 from llmtrain.groups import did_you_mean, given
+from llmtrain.objectives.multi_token import check_depth
 
 MISSING = "???"  # a value that only `llmtrain prep` needs
 # Keys of the model section that build.py reads itself; the others act through ${model.<key>}.
@@ -48,6 +49,9 @@ def validate(command: str, config: dict, raw: dict, typed: list[Override]) -> No
     check_mounted(config)
     check_position(config)
     check_model_overrides(raw, typed)
+    build.build_objective(config)
+    if depth := build.multi_token_depth(config):
+        check_depth(depth, config["train"]["seq_len"])
     if command == "plan":
         check_plan(config)
     build.build_model(config, vocab_size=build.configured_vocab_size(config), device="meta")

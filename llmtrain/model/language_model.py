@@ -14,12 +14,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llmtrain.channels.base import Aux
 from llmtrain.context import SequenceContext
 from llmtrain.mixers.base import State
 from llmtrain.model.embedding import Embedding, TiedHead
 from llmtrain.model.linear import Linear
+from llmtrain.model.multi_token import MultiTokenModule
 from llmtrain.model.stack import Stack
 
 
@@ -63,7 +65,8 @@ class LanguageModel(nn.Module):
     """vocab_size: tokens that can be predicted; padded_vocab_size: rows of embedding and head.
 
     norm: the final norm; dropped when the stack's last block ends in a norm of its own.
-    compute_dtype: of the activations, from the embedding's output on.
+    compute_dtype: of the activations, from the embedding's output on. mtp: modules of multi-token
+    prediction, which only look_ahead runs.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class LanguageModel(nn.Module):
         vocab_size: int,
         padded_vocab_size: int,
         compute_dtype: torch.dtype = torch.float32,
+        mtp: Sequence[MultiTokenModule] = (),
     ):
         super().__init__()
         rows, d_model = embedding.weight.shape
@@ -96,6 +100,7 @@ class LanguageModel(nn.Module):
             if embedding.tied
             else Linear(d_model, rows, init_std=embedding.init_std)
         )
+        self.mtp = nn.ModuleList(mtp) if mtp else None
 
     def forward(
         self, tokens_BT: Tensor, ctx: SequenceContext, state: ModelState | None = None
@@ -123,6 +128,32 @@ class LanguageModel(nn.Module):
         """logits_BTO in the compute dtype, O = vocab_size: padding rows never get probability."""
         return self.head(hidden_BTD)[..., : self.vocab_size]
 
+    def look_ahead(
+        self,
+        module: MultiTokenModule,
+        hidden_BTD: Tensor,
+        tokens_BT: Tensor,
+        ctx: SequenceContext,
+        state: State | None = None,
+        *,
+        known_BT: Tensor | None = None,
+    ) -> tuple[Tensor, State | None, Aux]:
+        """One module of mtp: (hidden_BTD to be read by the head, state, aux).
+
+        hidden_BTD: the model's, or those of the module before; ctx: of these positions. tokens_BT:
+        as many places ahead as the module has before it, plus one. known_BT: False where that token
+        is not to be seen. With a state: continue it, as in forward.
+        """
+        x_BTD = self.embedding(tokens_BT).to(self.compute_dtype)
+        if known_BT is not None:
+            x_BTD = torch.where(known_BT[..., None], x_BTD, 0)
+        ctx = ctx.with_rotary(self.position.rotary(ctx))
+        if self.stack.activation_checkpointing == "full" and torch.is_grad_enabled():
+            return checkpoint(
+                module, hidden_BTD, x_BTD, ctx, state, use_reentrant=False, preserve_rng_state=False
+            )
+        return module(hidden_BTD, x_BTD, ctx, state)
+
     def step(self, tokens_B: Tensor, state: ModelState) -> tuple[Tensor, ModelState]:
         """One more token a row; rows may have different lengths. Returns logits_BO."""
         positions_BT = state.length_B[:, None]
@@ -145,5 +176,10 @@ class LanguageModel(nn.Module):
         )
 
     def flops_per_token(self, tokens: int) -> float:
-        """Forward FLOPs per token in a row of that many tokens, head included."""
+        """Forward FLOPs per token in a row of that many tokens, head included, mtp not."""
         return self.stack.flops_per_token(tokens) + self.head.flops_per_token()
+
+    def mtp_flops_per_token(self, tokens: int) -> float:
+        """What multi-token prediction adds to that in training, each module with a head."""
+        head = self.head.flops_per_token()
+        return sum(module.flops_per_token(tokens) + head for module in self.mtp or ())

@@ -83,26 +83,30 @@ class Causal(nn.Module):
         ctx: SequenceContext,
     ) -> LossOutput:
         hidden_BTD, _, aux = model(tokens_BT, ctx)
-        hidden_ND = hidden_BTD.flatten(0, 1)
-        targets_N, weights_N = targets_BT.flatten(), weights_BT.flatten()
+        sums = self.head_sums(model, hidden_BTD, targets_BT, weights_BT)
+        return self.total(sums, weights_BT.sum(), aux)
+
+    def head_sums(
+        self, model: LanguageModel, hidden_BTD: Tensor, targets_BT: Tensor, weights_BT: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(sum of w ce, sum of w lse^2) of one head, in chunks when that is wanted."""
+        whole = hidden_BTD.flatten(0, 1), targets_BT.flatten(), weights_BT.flatten()
 
         def head_loss(hidden_ND: Tensor, targets_N: Tensor, weights_N: Tensor) -> tuple:
             return self.token_loss(model.logits(hidden_ND), targets_N, weights_N)
 
         if self.chunk_tokens is None or not torch.is_grad_enabled():
-            ce_sum, lse_sum = head_loss(hidden_ND, targets_N, weights_N)
-        else:
-            sums = [
-                checkpoint(head_loss, *chunk, use_reentrant=False, preserve_rng_state=False)
-                for chunk in zip(
-                    hidden_ND.split(self.chunk_tokens),
-                    targets_N.split(self.chunk_tokens),
-                    weights_N.split(self.chunk_tokens),
-                )
-            ]
-            ce_sum, lse_sum = (torch.stack(parts).sum() for parts in zip(*sums))
+            return head_loss(*whole)
+        sums = [
+            checkpoint(head_loss, *chunk, use_reentrant=False, preserve_rng_state=False)
+            for chunk in zip(*(part.split(self.chunk_tokens) for part in whole))
+        ]
+        ce_sum, lse_sum = (torch.stack(parts).sum() for parts in zip(*sums))
+        return ce_sum, lse_sum
 
-        weight_sum = weights_N.sum()
+    def total(self, sums: tuple[Tensor, Tensor], weight_sum: Tensor, aux: Aux) -> LossOutput:
+        """The loss of a head's sums and of the blocks."""
+        ce_sum, lse_sum = sums
         loss_sum = ce_sum
         if self.z_loss > 0:
             loss_sum = loss_sum + self.z_loss * lse_sum

@@ -59,6 +59,7 @@ class TrainModule(nn.Module):
 
         And the step from logits to losses, which would else keep float32 copies of the logits.
         """
-        for block in self.model.stack.blocks:
+        further = [module.block for module in self.model.mtp or ()]
+        for block in [*self.model.stack.blocks, *further]:
             block.compile(dynamic=False)
         self.objective.token_loss.compile(dynamic=False)

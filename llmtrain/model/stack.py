@@ -68,7 +68,8 @@ class Stack(nn.Module):
         self, x_BTD: Tensor, ctx: SequenceContext, states: list[State] | None = None
     ) -> tuple[Tensor, list[State] | None, Aux]:
         """states: one per application, or None. Aux: "loss/<name>" is summed over applications,
-        "metric/<name>" becomes "metric/l<application>/<name>"."""
+        "metric/<name>" becomes "metric/l<application>/<name>", and "sum/<name>" becomes
+        "sum/l<application>/<name>", added over a block's applications under its first one's."""
         recompute = self.activation_checkpointing == "full" and torch.is_grad_enabled()
         new_states: list[State] = []
         merged: Aux = {}
@@ -76,17 +77,22 @@ class Stack(nn.Module):
             state = None if states is None else states[i]
             if recompute:
                 x_BTD, state, aux = checkpoint(
-                    block, x_BTD, ctx, state, use_reentrant=False, preserve_rng_state=False
+                    block,
+                    x_BTD,
+                    ctx,
+                    state,
+                    use_reentrant=False,
+                    preserve_rng_state=block.channel.stochastic,
                 )
             else:
                 x_BTD, state, aux = block(x_BTD, ctx, state)
             new_states.append(state)
             for key, value in aux.items():
                 kind, name = key.split("/", 1)
-                if kind == "metric":
-                    merged[f"metric/l{i:02d}/{name}"] = value
-                else:
-                    merged[key] = merged[key] + value if key in merged else value
+                if kind != "loss":
+                    place = i if kind == "metric" else self.order.index(self.order[i])
+                    key = f"{kind}/l{place:02d}/{name}"
+                merged[key] = merged[key] + value if key in merged else value
         return x_BTD, None if states is None else new_states, merged
 
     def step(

@@ -26,9 +26,18 @@ NAMES = sorted(path.stem for path in CONFIGS.glob("mixer/*.yaml"))
 D, B, T, LAYERS = 16, 2, 24, 4
 SIZES = {"d_model": D, "n_heads": 4, "n_kv_heads": 2, "head_dim": None, "init_std": 0.3}
 # Knobs that bring a mixer's edges (a window, a chunk) inside rows of T tokens.
-SMALL = {"sliding_window": {"window": 5}}
+SMALL = {
+    "sliding_window": {"window": 5},
+    "mamba2": {"head_dim": 8, "d_state": 8, "n_groups": 2, "chunk": 8},
+}
 # Further knobs worth the whole suite: name -> (YAML, knobs).
-VARIANTS = {"qk_norm_and_bias": ("attention", {"qk_norm": True, "bias": True})}
+VARIANTS = {
+    "qk_norm_and_bias": ("attention", {"qk_norm": True, "bias": True}),
+    "mamba2_norm_before_gate": (
+        "mamba2",
+        {"head_dim": 8, "d_state": 8, "d_conv": 1, "norm_before_gate": True, "bias": True},
+    ),
+}
 FACTS = {"layer_idx": 1, "n_layers": LAYERS}
 EXACT = {"rtol": 1e-9, "atol": 1e-9}  # float64, sums in another order
 

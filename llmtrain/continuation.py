@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 from llmtrain_data.tokenizer import Existing, load_tokenizer
 from llmtrain_eval import ranks
 
 from llmtrain.build import DTYPES
 from llmtrain.checkpoint import load_model
 from llmtrain.generate import generate
+from llmtrain.speculative import speculate
+
+log = logging.getLogger(__name__)
+
+KNOBS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 
 
 def continuations(config: dict) -> list[tuple[str, str]]:
@@ -32,14 +39,12 @@ def continuations(config: dict) -> list[tuple[str, str]]:
             f"expected at most {context} together (model.max_seq_len of the checkpoint); shorten "
             "either"
         )
-    made = generate(
-        loaded.model,
-        tokens,
-        max_new_tokens=config["max_new_tokens"],
-        temperature=config["temperature"],
-        top_k=config["top_k"],
-        top_p=config["top_p"],
-        stop_tokens=(end,),
-        seed=config["seed"],
-    )
+    knobs = {name: config[name] for name in KNOBS}
+    if config["speculate"] is None:
+        made = generate(loaded.model, tokens, stop_tokens=(end,), **knobs)
+    else:
+        made, gain = speculate(
+            loaded.model, tokens, drafts=config["speculate"], stop_tokens=(end,), **knobs
+        )
+        log.info(gain.describe())
     return [(prompt, tokenizer.decode(ids)) for prompt, ids in zip(prompts, made)]

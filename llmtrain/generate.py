@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmtrain.context import SequenceContext
@@ -104,15 +105,39 @@ def sample(
     uniform_B: float64 in [0, 1). Probabilities are float64: a float32 running sum over a large
     vocabulary would move the boundaries between tokens.
     """
-    sorted_BO, index_BO = logits_BO.double().sort(dim=-1, descending=True, stable=True)
-    if top_k is not None:
-        sorted_BO = sorted_BO[:, :top_k]
-    cumulative_BO = (sorted_BO / temperature).softmax(dim=-1).cumsum(dim=-1)
-    last_B1 = (cumulative_BO < (1.0 if top_p is None else top_p)).sum(dim=-1, keepdim=True)
-    last_B1 = last_B1.clamp(max=cumulative_BO.shape[1] - 1)
+    _, cumulative_BO, last_B1, index_BO = nucleus(logits_BO, temperature, top_k, top_p)
     mass_B1 = cumulative_BO.gather(1, last_B1)
     rank_B1 = (cumulative_BO <= uniform_B[:, None] * mass_B1).sum(dim=-1, keepdim=True)
     return index_BO.gather(1, rank_B1.minimum(last_B1)).squeeze(1)
+
+
+def distribution(
+    logits_BO: Tensor, temperature: float, top_k: int | None, top_p: float | None
+) -> Tensor:
+    """p_BO: float64, the probability of every token that sample() draws from; 0 or 1 when
+    temperature is 0."""
+    if temperature == 0:
+        return F.one_hot(logits_BO.argmax(dim=-1), logits_BO.shape[-1]).double()
+    p_BO, _, last_B1, index_BO = nucleus(logits_BO, temperature, top_k, top_p)
+    rank_O = torch.arange(p_BO.shape[1], device=p_BO.device)
+    p_BO = p_BO.masked_fill(rank_O > last_B1, 0.0)
+    p_BO = p_BO / p_BO.sum(dim=-1, keepdim=True)
+    zeros_BO = torch.zeros_like(logits_BO, dtype=torch.float64)
+    return zeros_BO.scatter(1, index_BO[:, : p_BO.shape[1]], p_BO)
+
+
+def nucleus(
+    logits_BO: Tensor, temperature: float, top_k: int | None, top_p: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Probabilities, likeliest first, of top_k tokens, their running sum, the rank of the last
+    token that top_p allows, and the tokens of all ranks. float64."""
+    sorted_BO, index_BO = logits_BO.double().sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        sorted_BO = sorted_BO[:, :top_k]
+    p_BO = (sorted_BO / temperature).softmax(dim=-1)
+    cumulative_BO = p_BO.cumsum(dim=-1)
+    last_B1 = (cumulative_BO < (1.0 if top_p is None else top_p)).sum(dim=-1, keepdim=True)
+    return p_BO, cumulative_BO, last_B1.clamp(max=cumulative_BO.shape[1] - 1), index_BO
 
 
 def draw_uniforms(prompts: Sequence[Sequence[int]], tokens: int, seed: int) -> Tensor:

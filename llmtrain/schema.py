@@ -162,6 +162,7 @@ class GenerateConfig:
     temperature: float
     top_k: int | None
     top_p: float | None
+    speculate: int | None
     seed: int
     device: Device
     precision: Precision

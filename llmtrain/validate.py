@@ -255,7 +255,7 @@ def check_eval(config: dict, typed: list[Override]) -> None:
 
 
 def check_generate(config: dict, typed: list[Override]) -> None:
-    positive(config, ("max_new_tokens", "samples", "top_k", "top_p"), "")
+    positive(config, ("max_new_tokens", "samples", "top_k", "top_p", "speculate"), "")
     if config["temperature"] < 0:
         raise ValueError(
             f"temperature: got {config['temperature']}, expected 0 (greedy) or more; "

@@ -33,6 +33,11 @@ SMALL = {
 # Further knobs worth the whole suite: name -> (YAML, knobs).
 VARIANTS = {
     "qk_norm_and_bias": ("attention", {"qk_norm": True, "bias": True}),
+    "gate_sinks_softcap": (
+        "sliding_window",
+        {"window": 5, "sinks": 3, "softcap": 1.5, "output_gate": True},
+    ),
+    "zero_centred_qk_norm": ("mqa", {"qk_norm": True, "qk_norm_zero_centered": True}),
     "mamba2_norm_before_gate": (
         "mamba2",
         {"head_dim": 8, "d_state": 8, "d_conv": 1, "norm_before_gate": True, "bias": True},

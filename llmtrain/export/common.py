@@ -23,7 +23,7 @@ from llmtrain.model.position import Rope
 
 Theirs = TypeVar("Theirs", bound=PreTrainedModel)
 # Attention's knobs at the values that plain softmax attention has.
-PLAIN_ATTENTION = {"window": None}
+PLAIN_ATTENTION = {"window": None, "sinks": 0, "softcap": None, "output_gate": False}
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,20 @@
     y_t = W_o o_t
 
 Vaswani et al. 2017 (arXiv:1706.03762); G = 1: Shazeer 2019 (arXiv:1911.02150); 1 < G < H: Ainslie
-et al. 2023 (arXiv:2305.13245); window: Beltagy et al. 2020 (arXiv:2004.05150); qk_norm: an RMSNorm
-with a gain per channel over each head of q and k, before rotation (Dehghani et al. 2023,
-arXiv:2302.05442).
+et al. 2023 (arXiv:2305.13245); window: Beltagy et al. 2020 (arXiv:2004.05150). Options:
 
-Parameters: D (2 H + 2 G) K. FLOPs a token: 2 per weight, and 4 H K for each key that it sees: on
-average (T + 1) / 2 of them, fewer with a window. State: the last min(max_tokens, window) keys and
-values, a ring buffer in which the token at position p lies in slot p mod S.
+    qk_norm      an RMSNorm with a gain per channel over each head of q and k, before rotation
+                 (Dehghani et al. 2023, arXiv:2302.05442)
+    output_gate  y_t = W_o (o_t * sigmoid(W_g x_t)), a gate per channel of a head (Qiu et al. 2025,
+                 arXiv:2505.06708; Qwen3-Next); W_g's rows of a head follow W_q's in q_proj
+    softcap c    scores are c tanh(scale q_t . k_j / c) (Gemma 2, arXiv:2408.00118, section 2)
+    sinks s      beside its window a token sees the first s tokens of its document (Xiao et al.
+                 2023, arXiv:2309.17453, who count positions inside the cache; here they are real)
+
+Parameters: D (2 H + 2 G) K, and D H K for the gate. FLOPs a token: 2 per weight, and 4 H K for each
+key that it sees: on average (T + 1) / 2 of them, fewer with a window. State: the keys and values of
+the first s and the last min(max_tokens - s, window) tokens; position p lies in slot p if p < s,
+else in slot s + (p - s) mod (S - s).
 """
 
 from __future__ import annotations
@@ -38,9 +45,10 @@ from llmtrain.model.position import apply_rotary
 class Attention(Mixer):
     """n_kv_heads: groups G, None for one a head. head_dim: K, None for d_model / n_heads.
 
-    window: keys a token sees, itself included; None for all before it. softmax_scale: None for
-    1 / sqrt(K). backend: of llmtrain_kernels.attention, for training and prefill; a cache is read
-    by the one that can, unless it is "reference".
+    d_input: width of the input, None for d_model; the output has d_model. window: keys a token
+    sees, itself included; None for all before it. softmax_scale: None for 1 / sqrt(K). qk_norm_eps
+    and qk_norm_zero_centered: of the two norms. backend: of llmtrain_kernels.attention, for
+    training and prefill; a cache is read by the one that can, unless it is "reference".
     """
 
     uses_positions = True
@@ -54,8 +62,14 @@ class Attention(Mixer):
         n_heads: int,
         n_kv_heads: int | None = None,
         head_dim: int | None = None,
+        d_input: int | None = None,
         window: int | None = None,
+        sinks: int = 0,
+        softcap: float | None = None,
+        output_gate: bool = False,
         qk_norm: bool = False,
+        qk_norm_eps: float = 1e-5,
+        qk_norm_zero_centered: bool = False,
         bias: bool = False,
         init_std: float = 0.02,
         backend: str = "auto",
@@ -73,10 +87,11 @@ class Attention(Mixer):
                 f"attention: got d_model={d_model} and n_heads={n_heads}, expected a multiple; "
                 "set mixer.head_dim, or change one of the two"
             )
-        if window is not None and window < 1:
+        check_visibility(window, sinks, softcap)
+        if qk_norm_zero_centered and not qk_norm:
             raise ValueError(
-                f"attention: got window={window}, expected at least 1 (a token sees itself) or "
-                "null for no window; set mixer.window"
+                "attention: got qk_norm_zero_centered=true with qk_norm=false, where it has no "
+                "effect, expected false; set mixer.qk_norm=true or leave it out"
             )
         if backend not in ("auto", *BACKENDS):
             raise ValueError(
@@ -87,15 +102,19 @@ class Attention(Mixer):
         self.head_dim = d_model // n_heads if head_dim is None else head_dim
         self.rotary_width = self.head_dim
         self.window, self.softmax_scale, self.backend = window, softmax_scale, backend
-        self.qk_norm = qk_norm
+        self.sinks, self.softcap = sinks, softcap
+        self.qk_norm, self.output_gate = qk_norm, output_gate
+        self.qk_norm_zero_centered = qk_norm_zero_centered
         heads, groups = n_heads * self.head_dim, n_kv_heads * self.head_dim
-        self.q_proj = Linear(d_model, heads, bias=bias, init_std=init_std)
-        self.k_proj = Linear(d_model, groups, bias=bias, init_std=init_std)
-        self.v_proj = Linear(d_model, groups, bias=bias, init_std=init_std)
+        d_input, gates = d_model if d_input is None else d_input, heads if output_gate else 0
+        self.q_proj = Linear(d_input, heads + gates, bias=bias, init_std=init_std)
+        self.k_proj = Linear(d_input, groups, bias=bias, init_std=init_std)
+        self.v_proj = Linear(d_input, groups, bias=bias, init_std=init_std)
         out_std = depth_std(init_std, n_layers)
         self.out_proj = Linear(heads, d_model, bias=bias, init_std=out_std)
-        self.q_norm = RMSNorm(self.head_dim) if qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim) if qk_norm else None
+        norm = {"eps": qk_norm_eps, "zero_centered": qk_norm_zero_centered}
+        self.q_norm = RMSNorm(self.head_dim, **norm) if qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, **norm) if qk_norm else None
 
     def forward(
         self, x_BTD: Tensor, ctx: SequenceContext, state: State | None = None
@@ -107,13 +126,15 @@ class Attention(Mixer):
         """
         if state is not None:
             self.check_room(ctx, state, tokens=x_BTD.shape[1])
-        q_BTHK, k_BTGK, v_BTGV = self.project(x_BTD, ctx)
+        q_BTHK, k_BTGK, v_BTGV, gate_BTHV = self.project(x_BTD, ctx)
         if state is None or ctx.prefix_tokens == 0:
             o_BTHV = attention(
                 q_BTHK,
                 k_BTGK,
                 v_BTGV,
                 window=self.window,
+                sinks=self.sinks,
+                softcap=self.softcap,
                 scale=self.softmax_scale,
                 doc_ids_BT=ctx.doc_ids_BT,
                 cu_seqlens=ctx.cu_seqlens,
@@ -129,19 +150,24 @@ class Attention(Mixer):
                 torch.cat([state["positions"], ctx.positions_BT], dim=1),
             )
         if state is not None:
-            state = write_cache(state, k_BTGK, v_BTGV, ctx.positions_BT)
-        return self.out_proj(rearrange(o_BTHV, "b t h v -> b t (h v)")), state
+            state = self.write_cache(state, k_BTGK, v_BTGV, ctx)
+        return self.output(o_BTHV, gate_BTHV), state
 
     def step(self, x_BD: Tensor, ctx: SequenceContext, state: State) -> tuple[Tensor, State]:
-        q_B1HK, k_B1GK, v_B1GV = self.project(x_BD[:, None], ctx)
-        state = write_cache(state, k_B1GK, v_B1GV, ctx.positions_BT)
+        q_B1HK, k_B1GK, v_B1GV, gate_B1HV = self.project(x_BD[:, None], ctx)
+        state = self.write_cache(state, k_B1GK, v_B1GV, ctx)
         k_BSGK, v_BSGV = state["k"].to(x_BD.dtype), state["v"].to(x_BD.dtype)
         o_B1HV = self.read_cache(q_B1HK, k_BSGK, v_BSGV, ctx.positions_BT, state["positions"])
-        return self.out_proj(rearrange(o_B1HV, "b 1 h v -> b (h v)")), state
+        return self.output(o_B1HV, gate_B1HV)[:, 0], state
 
-    def project(self, x_BTD: Tensor, ctx: SequenceContext) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values; queries and keys normalised and rotated."""
+    def project(
+        self, x_BTD: Tensor, ctx: SequenceContext
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Queries, keys and values, the first two normalised and rotated; gates before sigmoid."""
         q_BTHK = rearrange(self.q_proj(x_BTD), "b t (h k) -> b t h k", h=self.n_heads)
+        gate_BTHV = None
+        if self.output_gate:
+            q_BTHK, gate_BTHV = q_BTHK.chunk(2, dim=-1)
         k_BTGK = rearrange(self.k_proj(x_BTD), "b t (g k) -> b t g k", g=self.n_kv_heads)
         v_BTGV = rearrange(self.v_proj(x_BTD), "b t (g v) -> b t g v", g=self.n_kv_heads)
         if self.q_norm is not None:
@@ -149,7 +175,12 @@ class Attention(Mixer):
         if ctx.rotary is not None:
             rotary = ctx.rotary[self.rotary_width]
             q_BTHK, k_BTGK = apply_rotary(q_BTHK, rotary), apply_rotary(k_BTGK, rotary)
-        return q_BTHK, k_BTGK, v_BTGV
+        return q_BTHK, k_BTGK, v_BTGV, gate_BTHV
+
+    def output(self, o_BTHV: Tensor, gate_BTHV: Tensor | None) -> Tensor:
+        if gate_BTHV is not None:
+            o_BTHV = o_BTHV * torch.sigmoid(gate_BTHV)  # computed in float32, rounded once
+        return self.out_proj(rearrange(o_BTHV, "b t h v -> b t (h v)"))
 
     def read_cache(
         self,
@@ -165,6 +196,8 @@ class Attention(Mixer):
             k_BSGK,
             v_BSGV,
             window=self.window,
+            sinks=self.sinks,
+            softcap=self.softcap,
             scale=self.softmax_scale,
             q_positions_BT=q_positions_BT,
             k_positions_BS=k_positions_BS,
@@ -184,8 +217,8 @@ class Attention(Mixer):
         }
 
     def slots(self, max_tokens: int) -> int:
-        """Slots of a cache for rows of at most max_tokens: a window needs no more than its size."""
-        return max_tokens if self.window is None else min(max_tokens, self.window)
+        """Slots of a cache for rows of at most max_tokens: a window needs only itself and sinks."""
+        return max_tokens if self.window is None else min(max_tokens, self.sinks + self.window)
 
     def check_room(self, ctx: SequenceContext, state: State, tokens: int) -> None:
         """ValueError when a prefill does not fit its state."""
@@ -195,7 +228,7 @@ class Attention(Mixer):
                 "row; make the context with SequenceContext.dense"
             )
         slots, total = state["k"].shape[1], ctx.prefix_tokens + tokens
-        if total > slots and self.window != slots:
+        if total > slots and (self.window is None or self.sinks + self.window != slots):
             raise ValueError(
                 f"attention: got {total} tokens for a state of {slots}, expected at most its "
                 "max_tokens; make it with a larger init_state(max_tokens=...)"
@@ -204,7 +237,7 @@ class Attention(Mixer):
     def kernel_backend(
         self, *, device: torch.device, dtype: torch.dtype, tokens: int, documents: bool
     ) -> str:
-        on_gpu = device.type == "cuda"
+        on_gpu, hides = device.type == "cuda", self.window is not None and self.window < tokens
         case = Case(
             device=device.type,
             capability=torch.cuda.get_device_capability(device) if on_gpu else None,
@@ -213,7 +246,9 @@ class Attention(Mixer):
             kv_heads=self.n_kv_heads,
             k_width=self.head_dim,
             v_width=self.head_dim,
-            window=None if self.window is None or self.window >= tokens else self.window,
+            window=self.window if hides else None,
+            sinks=self.sinks if hides else 0,
+            softcap=self.softcap is not None,
             documents=documents,
             boundaries=documents,
             training=True,
@@ -222,7 +257,7 @@ class Attention(Mixer):
 
     def flops_per_token(self, tokens: int) -> float:
         projections = (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
-        pairs = visible_pairs(tokens, window=self.window)
+        pairs = visible_pairs(tokens, window=self.window, sinks=self.sinks)
         mixing = 4.0 * self.n_heads * self.head_dim * pairs / tokens
         return sum(linear.flops_per_token() for linear in projections) + mixing
 
@@ -230,14 +265,44 @@ class Attention(Mixer):
         kv_bytes = 2 * self.n_kv_heads * self.head_dim * dtype.itemsize
         return self.slots(tokens) * (kv_bytes + torch.int64.itemsize)
 
+    def write_cache(
+        self, state: State, k_BTGK: Tensor, v_BTGV: Tensor, ctx: SequenceContext
+    ) -> State:
+        """Puts the tokens that stay into their slots, in place; the state's buffers live on."""
+        slots, tokens = state["k"].shape[1], k_BTGK.shape[1]
+        ring = max(slots - self.sinks, 0)
+        # of a long prefill only the sinks and the last tokens stay, so no slot is written twice
+        sunk = max(0, min(self.sinks - ctx.prefix_tokens, tokens))
+        last = max(sunk, tokens - ring)
 
-def write_cache(state: State, k_BTGK: Tensor, v_BTGV: Tensor, positions_BT: Tensor) -> State:
-    """Puts the newest S tokens into their slots, in place; the state's buffers live on."""
-    slots = state["k"].shape[1]
-    positions_BT = positions_BT[:, -slots:]
-    rows_B1 = torch.arange(positions_BT.shape[0], device=positions_BT.device)[:, None]
-    where = (rows_B1, positions_BT % slots)
-    state["k"][where] = k_BTGK[:, -slots:].to(state["k"].dtype)
-    state["v"][where] = v_BTGV[:, -slots:].to(state["v"].dtype)
-    state["positions"][where] = positions_BT
-    return state
+        def staying(x_BT: Tensor) -> Tensor:
+            return torch.cat([x_BT[:, :sunk], x_BT[:, last:]], dim=1) if sunk else x_BT[:, last:]
+
+        positions_BT = staying(ctx.positions_BT)
+        rows_B1 = torch.arange(positions_BT.shape[0], device=positions_BT.device)[:, None]
+        where_BT = self.sinks + (positions_BT - self.sinks) % max(ring, 1)
+        where_BT = torch.where(positions_BT < self.sinks, positions_BT, where_BT)
+        state["k"][rows_B1, where_BT] = staying(k_BTGK).to(state["k"].dtype)
+        state["v"][rows_B1, where_BT] = staying(v_BTGV).to(state["v"].dtype)
+        state["positions"][rows_B1, where_BT] = positions_BT
+        return state
+
+
+def check_visibility(window: int | None, sinks: int, softcap: float | None) -> None:
+    """ValueError for knobs that show no key, or have no effect."""
+    if window is not None and window < 1:
+        raise ValueError(
+            f"attention: got window={window}, expected at least 1 (a token sees itself) or "
+            "null for no window; set mixer.window"
+        )
+    if sinks < 0 or (sinks and window is None):
+        raise ValueError(
+            f"attention: got sinks={sinks} and window={window}, expected 0, or a positive number "
+            "with a window (without one every token is visible anyway); set mixer.sinks or "
+            "mixer.window"
+        )
+    if softcap is not None and softcap <= 0:
+        raise ValueError(
+            f"attention: got softcap={softcap}, expected a positive number or null for no cap; "
+            "set mixer.softcap"
+        )

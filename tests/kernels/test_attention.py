@@ -47,8 +47,12 @@ def test_backends_share_the_signature():
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
 @pytest.mark.parametrize("packed", [False, True])
-def test_reference_is_the_definition(causal, window, packed):
+@pytest.mark.parametrize("sinks", [0, 1, 3])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_reference_is_the_definition(causal, window, packed, sinks, softcap):
     """The loop against one masked softmax over all pairs, whose mask is written out here."""
+    if sinks and (window is None or not causal):
+        window, causal = 2, True
     tokens = 19
     q, k, v = inputs(tokens, v_width=5)
     ids = documents(tokens) if packed else None
@@ -56,22 +60,32 @@ def test_reference_is_the_definition(causal, window, packed):
     for b in range(B):
         for i in range(tokens):
             for j in range(tokens):
-                near = window is None or abs(i - j) < window
+                start = 0 if ids is None else ids[b].tolist().index(ids[b, j])
+                near = window is None or abs(i - j) < window or j - start < sinks
                 same = ids is None or ids[b, i] == ids[b, j]
                 mask[b, 0, i, j] = near and same and (j <= i or not causal)
     k_all, v_all = (x.repeat_interleave(H // G, dim=2).transpose(1, 2) for x in (k, v))
     scores = 0.3 * q.transpose(1, 2) @ k_all.mT
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
     expected = scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v_all
-    got = attention(
-        q, k, v, causal=causal, window=window, scale=0.3, doc_ids_BT=ids, backend="reference"
-    )
-    torch.testing.assert_close(got, expected.transpose(1, 2), **EXACT)
+    options = {"causal": causal, "window": window, "sinks": sinks, "softcap": softcap}
+    for backend in ("reference", "eager"):
+        got = attention(q, k, v, **options, scale=0.3, doc_ids_BT=ids, backend=backend)
+        torch.testing.assert_close(got, expected.transpose(1, 2), **EXACT)
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 130])
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"causal": False}, {"window": 7}, {"window": 7, "causal": False}, {"scale": 0.1}],
+    [
+        {},
+        {"causal": False},
+        {"window": 7},
+        {"window": 7, "causal": False},
+        {"window": 7, "sinks": 3},
+        {"scale": 0.1},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("packed", [False, True])
@@ -82,6 +96,19 @@ def test_sdpa_is_the_reference(tokens, arguments, packed):
     got = with_gradients(q, k, v, backend="sdpa", **arguments)
     expected = with_gradients(q, k, v, backend="reference", **arguments)
     torch.testing.assert_close(got, expected, **EXACT)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"window": 7, "sinks": 3}], ids=str)
+@pytest.mark.parametrize("packed", [False, True])
+def test_auto_caps_scores(arguments, packed):
+    """With gradients; scores far beyond the cap."""
+    if packed:
+        arguments = {**arguments, "doc_ids_BT": documents(65)}
+    q, k, v = inputs(65, scale=3.0)
+    got = with_gradients(q, k, v, softcap=1.5, **arguments)
+    expected = with_gradients(q, k, v, softcap=1.5, backend="reference", **arguments)
+    torch.testing.assert_close(got, expected, **EXACT)
+    assert not torch.allclose(got[0], attention(q, k, v, **arguments), atol=1e-3)
 
 
 def test_sdpa_is_the_reference_over_a_thousand_tokens():
@@ -183,9 +210,38 @@ def test_cache(tokens, slots, ages, window):
                 torch.testing.assert_close(got[row, t], expected, **EXACT)
 
 
+def test_cache_with_sinks_and_softcap():
+    """Three sinks and a window of 4 of 30 tokens, slots in any order, and an empty one."""
+    q, k, v = (x.detach() for x in inputs(1, 30))
+    kept = [0, 1, 2, 26, 27, 28, 29]
+    order = torch.tensor([5, 0, 6, 3, 2, 4, 1])
+    options = {"window": 4, "sinks": 3, "softcap": 0.7}
+    whole = torch.zeros(B, 30, H, K, dtype=torch.float64)
+    whole[:, -1:] = q
+    expected = attention(whole, k, v, backend="reference", **options)[:, -1:]
+    slots = torch.tensor(kept)[order]
+    positions = torch.cat([slots, torch.tensor([-1])]).expand(B, -1)
+    k, v = (torch.cat([x[:, slots], x[:, :1]], dim=1) for x in (k, v))
+    for backend in ("auto", "reference"):
+        got = attention(
+            q,
+            k,
+            v,
+            q_positions_BT=torch.full((B, 1), 29),
+            k_positions_BS=positions,
+            backend=backend,
+            **options,
+        )
+        torch.testing.assert_close(got, expected, **EXACT)
+
+
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("arguments", [{}, {"window": 7}, {"causal": False}], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"window": 7}, {"causal": False}, {"window": 7, "sinks": 3}, {"softcap": 0.5}],
+    ids=str,
+)
 @pytest.mark.parametrize("packed", [False, True])
 def test_flex_is_the_reference(arguments, packed):
     """Its forward pass; the backward pass exists on GPUs only, where kernels/bench checks it."""
@@ -245,6 +301,9 @@ def test_dense_rows_take_the_flash_kernel_of_the_cpu():
     [
         ({"heads": 4, "groups": 3}, "4 query heads, 3 key and 3 value groups, .* n_kv_heads"),
         ({"window": 0}, "window=0, expected at least 1 .* null for no window"),
+        ({"sinks": 2}, "sinks=2 with window=None and causal=True, expected 0, .* set sinks"),
+        ({"sinks": 2, "window": 3, "causal": False}, "sinks=2 with window=3 and causal=False"),
+        ({"softcap": 0.0}, "softcap=0.0, expected a positive number; set softcap to null"),
         ({"q_positions_BT": torch.zeros(B, 5)}, "positions for only one .* give q_positions_BT"),
         ({"keys": 6}, "5 queries and 6 keys a row, expected equal .* to read a cache"),
         (

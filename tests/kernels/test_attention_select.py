@@ -57,6 +57,13 @@ def machine(monkeypatch):
         ({**PACKED, "device": "cpu", "capability": None, "dtype": torch.float64}, "sdpa", False),
         ({"window": 9, "device": "cpu", "capability": None}, "sdpa", False),
         ({**PACKED, "device": "meta", "capability": None}, "sdpa", False),
+        ({**PACKED, "window": 128, "sinks": 4}, "flex", False),
+        ({"window": 9, "sinks": 4, "device": "cpu", "capability": None}, "sdpa", False),
+        ({"softcap": True}, "flex", False),
+        ({**PACKED, "softcap": True, "dtype": torch.float32}, "flex", False),
+        ({"softcap": True, "k_width": 8}, "eager", True),
+        ({"softcap": True, "cache": True, "training": False}, "eager", False),
+        ({"softcap": True, "device": "cpu", "capability": None}, "eager", False),
     ],
     ids=str,
 )
@@ -77,6 +84,7 @@ def test_auto_without_a_window_in_varlen(monkeypatch):
     assert "flash_attn is not installed" in choice.reason
     monkeypatch.setattr(flash_attn, "INSTALLED", True)
     assert select_backend(windowed).backend == "flash_attn"
+    assert select_backend(replace(H100, softcap=True)).backend == "flash_attn"
 
 
 @pytest.mark.parametrize(
@@ -88,6 +96,9 @@ def test_auto_without_a_window_in_varlen(monkeypatch):
         ("varlen", {"cache": True}, "takes no mask, so it cannot read a cache"),
         ("varlen", {"documents": True}, "needs cu_seqlens and max_seqlen for packed documents"),
         ("flash_attn", PACKED, r"is not installed: pip install 'llmtrain\[flash-attn\]'"),
+        ("varlen", {**PACKED, "window": 8, "sinks": 2}, "takes no mask, so it cannot show sinks"),
+        ("varlen", {"softcap": True}, "has no softcap"),
+        ("sdpa", {"softcap": True}, "has no softcap"),
         ("flex", {"cache": True}, "is not used for reading a cache"),
         ("flex", {"device": "cpu"}, "has no backward pass on the CPU"),
         ("flex", {"dtype": torch.float64}, "has no float64 kernel"),
@@ -148,7 +159,7 @@ def test_a_compiled_first_call_is_logged(caplog):
     assert [m for m in caplog.messages if "heads 1/1 x 24" in m]
 
 
-def by_reference(q_NHK, k_NGK, v_NGV, boundaries, longest, causal, window, scale):
+def by_reference(q_NHK, k_NGK, v_NGV, boundaries, longest, causal, window, scale, softcap=None):
     """What a varlen kernel computes, from its own arguments."""
     ends = boundaries[1:].tolist()
     assert max(b - a for a, b in zip([0, *ends], ends)) <= longest
@@ -162,6 +173,7 @@ def by_reference(q_NHK, k_NGK, v_NGV, boundaries, longest, causal, window, scale
         causal=right == 0,
         window=None if left < 0 else left + 1,
         scale=scale,
+        softcap=softcap,
         doc_ids_BT=ids_N[None],
         backend="reference",
     )
@@ -196,9 +208,21 @@ def varlen_2_12(
 
 
 def flash_attn_varlen_func(
-    q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale=None, causal=False, window_size=(-1, -1)
+    q,
+    k,
+    v,
+    cu_q,
+    cu_k,
+    max_q,
+    max_k,
+    *,
+    softmax_scale=None,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
 ):
-    return by_reference(q, k, v, cu_q, max_q, causal, window_size, softmax_scale)
+    cap = softcap or None
+    return by_reference(q, k, v, cu_q, max_q, causal, window_size, softmax_scale, cap)
 
 
 STAND_INS = {
@@ -211,7 +235,7 @@ STAND_INS = {
 
 @pytest.fixture(params=STAND_INS)
 def flash_backend(request, monkeypatch):
-    """(the backend's run, whether it has windows) on top of a stand-in."""
+    """(the backend's run, whether it has windows, whether it caps) on top of a stand-in."""
     module, function, parameters = STAND_INS[request.param]
     if module is varlen:
         monkeypatch.setattr(varlen, "varlen_attn", function)
@@ -220,14 +244,14 @@ def flash_backend(request, monkeypatch):
         package = ModuleType("flash_attn")
         package.flash_attn_varlen_func = function
         monkeypatch.setitem(sys.modules, "flash_attn", package)
-    return module.run, request.param != "2.10"
+    return module.run, request.param != "2.10", module is flash_attn
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("heads", [4, 2])
 def test_flash_backends(flash_backend, causal, heads):
     """Rows are flattened, boundaries padded with empty documents, windows and scales translated."""
-    run, has_window = flash_backend
+    run, has_window, caps = flash_backend
     q, k, v = (torch.randn(2, 9, n, 8, dtype=torch.float64) for n in (heads, 2, 2))
     starts_BT = torch.zeros(2, 9, dtype=torch.bool)
     starts_BT[0, [0, 4, 5]] = True
@@ -241,6 +265,8 @@ def test_flash_backends(flash_backend, causal, heads):
     calls = [{**documents}, {**documents, "scale": 0.2}]
     if has_window:
         calls += [{**documents, "window": 3}, {"window": 3}]
+    if caps:
+        calls += [{**documents, "softcap": 0.3}]
     for arguments in calls:
         got = run(q, k, v, causal=causal, **arguments)
         expected = attention(q, k, v, causal=causal, backend="reference", **arguments)

@@ -12,17 +12,28 @@ B, H, G, K, V = 2, 4, 2, 8, 6
 @pytest.mark.parametrize("tokens", [1, 2, 9])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 1, 3, 9, 50])
-def test_visible_pairs_are_those_of_the_mask(tokens, causal, window):
+@pytest.mark.parametrize("sinks", [0, 1, 4, 20])
+def test_visible_pairs_are_those_of_the_mask(tokens, causal, window, sinks):
+    if sinks and (window is None or not causal):
+        window, causal = 2, True
     pairs = sum(
-        (j <= i or not causal) and (window is None or abs(i - j) < window)
+        (j <= i or not causal) and (window is None or abs(i - j) < window or j < sinks)
         for i in range(tokens)
         for j in range(tokens)
     )
-    assert visible_pairs(tokens, causal=causal, window=window) == pairs
+    assert visible_pairs(tokens, causal=causal, window=window, sinks=sinks) == pairs
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"causal": False}, {"window": 5}, {"window": 5, "causal": False}], ids=str
+    "arguments",
+    [
+        {},
+        {"causal": False},
+        {"window": 5},
+        {"window": 5, "causal": False},
+        {"window": 5, "sinks": 3},
+    ],
+    ids=str,
 )
 def test_attention_flops_are_those_counted(arguments):
     """Exactly, forward and backward: the reference multiplies visible pairs only."""

@@ -13,6 +13,7 @@ class Case:
 
     capability: compute capability of the CUDA device, (9, 0) for an H100; None elsewhere.
     documents: rows hold several documents; boundaries: cu_seqlens and max_seqlen are given too.
+    sinks: keys at the start of a document that a window does not hide. softcap: scores are capped.
     cache: queries and keys carry positions. training: gradients will be asked for.
     """
 
@@ -25,6 +26,8 @@ class Case:
     v_width: int
     causal: bool = True
     window: int | None = None
+    sinks: int = 0
+    softcap: bool = False
     documents: bool = False
     boundaries: bool = False
     cache: bool = False
@@ -45,6 +48,10 @@ class Case:
             parts.append("packed documents")
         if self.window is not None:
             parts.append(f"window {self.window}")
+        if self.sinks:
+            parts.append(f"sinks {self.sinks}")
+        if self.softcap:
+            parts.append("softcap")
         if self.cache:
             parts.append("cache")
         parts.append("training" if self.training else "inference")
@@ -64,6 +71,8 @@ def flash_unsupported(case: Case) -> str | None:
         )
     if case.cache:
         return "takes no mask, so it cannot read a cache"
+    if case.sinks:
+        return "takes no mask, so it cannot show sinks beside a window"
     if case.documents and not case.boundaries:
         return "needs cu_seqlens and max_seqlen for packed documents"
     return None

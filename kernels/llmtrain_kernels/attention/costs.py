@@ -2,8 +2,9 @@
 
 A (query, key) pair that the mask shows costs 2 K FLOPs for its score and 2 V for its share of the
 output, per query head. Hidden pairs cost nothing: causal attention over T tokens has T (T + 1) / 2
-pairs, a causal window of w tokens min(i + 1, w) for query i, packed documents the sum over
-documents. The softmax itself (a few FLOPs a pair) is not counted.
+pairs, a causal window of w tokens min(i + 1, w) for query i, and up to `sinks` more for the first
+keys once they leave it, packed documents the sum over documents. The softmax itself (a few FLOPs a
+pair) is not counted.
 """
 
 from __future__ import annotations
@@ -15,14 +16,20 @@ import torch
 from llmtrain_kernels.cost import Cost
 
 
-def visible_pairs(tokens: int, *, causal: bool = True, window: int | None = None) -> int:
+def visible_pairs(
+    tokens: int, *, causal: bool = True, window: int | None = None, sinks: int = 0
+) -> int:
     """Number of (query, key) pairs that a sequence of that many tokens computes.
 
-    window: a query sees keys less than `window` away, itself included.
+    window: a query sees keys less than `window` away, itself included. sinks: and the first so
+    many keys (causal only).
     """
     reach = tokens if window is None else min(window, tokens)
     # keys at distance 0 .. reach-1 behind a query; the first queries have fewer
     behind = reach * tokens - reach * (reach - 1) // 2
+    # query i >= window has left i - window + 1 keys behind, and sees min(sinks, that many) of them
+    shown = min(sinks, tokens - reach)
+    behind += shown * (tokens - reach) - shown * (shown - 1) // 2
     return behind if causal else 2 * behind - tokens
 
 
@@ -36,6 +43,7 @@ def cost(
     dtype: torch.dtype,
     causal: bool = True,
     window: int | None = None,
+    sinks: int = 0,
 ) -> tuple[Cost, Cost]:
     """(forward, backward) of sequences of these lengths: rows when dense, documents when packed.
 
@@ -43,7 +51,7 @@ def cost(
     size of the forward's two, hence twice its FLOPs; recomputing the scores is listed apart.
     """
     tokens = sum(lengths)
-    pairs = sum(visible_pairs(length, causal=causal, window=window) for length in lengths)
+    pairs = sum(visible_pairs(n, causal=causal, window=window, sinks=sinks) for n in lengths)
     size = dtype.itemsize
     q_bytes = tokens * heads * k_width * size
     kv_bytes = tokens * kv_heads * (k_width + v_width) * size

@@ -27,6 +27,8 @@ def run(
     *,
     causal: bool = True,
     window: int | None = None,
+    sinks: int = 0,
+    softcap: float | None = None,
     scale: float | None = None,
     doc_ids_BT: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -48,6 +50,7 @@ def run(
         longest,
         softmax_scale=scale,
         causal=causal,
+        softcap=0.0 if softcap is None else softcap,
         window_size=flash_window(causal, window) if window is not None else (-1, -1),
     )
     return rearrange(o_NHV, "(b t) h v -> b t h v", b=q_BTHK.shape[0])

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from llmtrain_kernels.attention.case import Case
+from llmtrain_kernels.attention.mask import document_positions
 
 
 def unsupported(case: Case) -> str | None:
@@ -38,17 +39,27 @@ def attend(
     doc_ids_BT: Tensor | None,
     causal: bool,
     window: int | None,
+    sinks: int,
+    softcap: float | None,
     scale: float | None,
 ) -> Tensor:
     """The block mask and the attention, as one function to compile."""
+    packed_sinks = sinks > 0 and doc_ids_BT is not None
+    positions_BT = document_positions(doc_ids_BT) if packed_sinks else None
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         shown = i >= j if causal else i >= 0
         if window is not None:
-            shown = shown & ((i - j).abs() < window)
+            near = (i - j).abs() < window
+            if sinks:
+                near = near | ((j if positions_BT is None else positions_BT[b, j]) < sinks)
+            shown = shown & near
         if doc_ids_BT is not None:
             shown = shown & (doc_ids_BT[b, i] == doc_ids_BT[b, j])
         return shown
+
+    def capped(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
 
     batch, tokens = q_BHTK.shape[0], q_BHTK.shape[2]
     block_mask = create_block_mask(
@@ -63,6 +74,7 @@ def attend(
         q_BHTK,
         k_BGSK,
         v_BGSV,
+        score_mod=None if softcap is None else capped,
         block_mask=block_mask,
         scale=scale,
         enable_gqa=index(q_BHTK.shape[1]) > index(k_BGSK.shape[1]),
@@ -82,6 +94,8 @@ def run(
     *,
     causal: bool = True,
     window: int | None = None,
+    sinks: int = 0,
+    softcap: float | None = None,
     scale: float | None = None,
     doc_ids_BT: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -101,6 +115,8 @@ def run(
         doc_ids_BT,
         causal,
         window,
+        sinks,
+        softcap,
         scale,
     )
     return rearrange(o_BHTV, "b h t v -> b t h v")

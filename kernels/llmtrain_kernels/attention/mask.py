@@ -12,6 +12,7 @@ def visible_BTS(
     *,
     causal: bool,
     window: int | None,
+    sinks: int,
     doc_ids_BT: Tensor | None,
     q_positions_BT: Tensor | None,
     k_positions_BS: Tensor | None,
@@ -30,7 +31,20 @@ def visible_BTS(
     if causal:
         visible = visible & (distance_BTS >= 0)
     if window is not None:
-        visible = visible & (distance_BTS.abs() < window)
+        near = distance_BTS.abs() < window
+        if sinks:
+            if doc_ids_BT is not None:
+                k_positions_BS = document_positions(doc_ids_BT)
+            near = near | (k_positions_BS[:, None, :] < sinks)
+        visible = visible & near
     if doc_ids_BT is not None:
         visible = visible & (doc_ids_BT[:, :, None] == doc_ids_BT[:, None, :])
     return visible.expand(-1, tokens, keys)
+
+
+def document_positions(doc_ids_BT: Tensor) -> Tensor:
+    """int64 [B, T]: how many tokens of its document come before each token."""
+    index_T = torch.arange(doc_ids_BT.shape[1], device=doc_ids_BT.device)
+    starts_BT = torch.ones_like(doc_ids_BT, dtype=torch.bool)
+    starts_BT[:, 1:] = doc_ids_BT[:, 1:] != doc_ids_BT[:, :-1]
+    return index_T - torch.where(starts_BT, index_T, 0).cummax(dim=1).values

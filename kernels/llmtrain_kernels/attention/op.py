@@ -23,6 +23,8 @@ def resolve(
     v_width: int,
     causal: bool,
     window: int | None,
+    sinks: int,
+    softcap: bool,
     documents: bool,
     boundaries: bool,
     cache: bool,
@@ -40,6 +42,8 @@ def resolve(
         v_width=v_width,
         causal=causal,
         window=window,
+        sinks=sinks,
+        softcap=softcap,
         documents=documents,
         boundaries=boundaries,
         cache=cache,
@@ -55,6 +59,8 @@ def attention(
     *,
     causal: bool = True,
     window: int | None = None,
+    sinks: int = 0,
+    softcap: float | None = None,
     scale: float | None = None,
     doc_ids_BT: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -71,15 +77,19 @@ def attention(
     place of i and j, and a key position of -1 hides the key: an empty slot of a cache. Every query
     must see at least one key.
 
+    sinks: with a window, the first so many tokens of a document (positions below it) stay visible
+    to all after them (Xiao et al. 2023, arXiv:2309.17453). softcap: scores become
+    softcap tanh(score / softcap) before the mask (Gemma 2, arXiv:2408.00118, section 2).
     scale: 1 / sqrt(K) if None.
     doc_ids_BT: integers. cu_seqlens (int32 [N+1], over the flattened rows) and max_seqlen (host
     int) say the same to kernels that take boundaries; give all three, as SequenceContext has them.
     backend: auto, or a name of BACKENDS; a named one that cannot run the call raises ValueError.
     """
     documents, cache = doc_ids_BT is not None, k_positions_BS is not None
-    check(q_BTHK, k_BSGK, v_BSGV, window, documents, q_positions_BT is not None, cache)
+    check(q_BTHK, k_BSGK, v_BSGV, window, sinks, softcap, causal)
+    check_keys(q_BTHK, k_BSGK, documents, q_positions_BT is not None, cache)
     if window is not None and not cache and window >= q_BTHK.shape[1]:
-        window = None  # it hides nothing
+        window, sinks = None, 0  # it hides nothing
     boundaries = cu_seqlens is not None and max_seqlen is not None
     if boundaries and not documents:
         raise ValueError(
@@ -98,6 +108,8 @@ def attention(
         index(v_BSGV.shape[3]),
         causal,
         window,
+        sinks,
+        softcap is not None,
         documents,
         boundaries,
         cache,
@@ -109,6 +121,8 @@ def attention(
         v_BSGV,
         causal=causal,
         window=window,
+        sinks=sinks,
+        softcap=softcap,
         scale=scale,
         doc_ids_BT=doc_ids_BT,
         cu_seqlens=cu_seqlens,
@@ -123,11 +137,11 @@ def check(
     k_BSGK: Tensor,
     v_BSGV: Tensor,
     window: int | None,
-    documents: bool,
-    q_positions: bool,
-    cache: bool,
+    sinks: int,
+    softcap: float | None,
+    causal: bool,
 ) -> None:
-    """ValueError when the arguments of attention() do not fit together."""
+    """ValueError when heads or options of attention() do not fit together."""
     if k_BSGK.shape[2] != v_BSGV.shape[2] or q_BTHK.shape[2] % k_BSGK.shape[2]:
         raise ValueError(
             f"attention: got {q_BTHK.shape[2]} query heads, {k_BSGK.shape[2]} key and "
@@ -139,6 +153,22 @@ def check(
             f"attention: got window={window}, expected at least 1 (a token sees itself); "
             "set window to null for no window"
         )
+    if sinks < 0 or (sinks and (window is None or not causal)):
+        raise ValueError(
+            f"attention: got sinks={sinks} with window={window} and causal={causal}, expected 0, "
+            "or a positive number with a window and causal; set sinks or window"
+        )
+    if softcap is not None and softcap <= 0:
+        raise ValueError(
+            f"attention: got softcap={softcap}, expected a positive number; set softcap to null "
+            "for no cap"
+        )
+
+
+def check_keys(
+    q_BTHK: Tensor, k_BSGK: Tensor, documents: bool, q_positions: bool, cache: bool
+) -> None:
+    """ValueError when attention() is not told which keys its queries see."""
     if q_positions != cache:
         raise ValueError(
             "attention: got positions for only one of queries and keys, expected both or none; "

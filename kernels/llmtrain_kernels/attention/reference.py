@@ -1,6 +1,7 @@
 """Softmax attention by definition, one query token after the other; the truth for every backend.
 
     s_j = scale * q_t . k_j          over the keys j visible to query t
+    s_j = c tanh(s_j / c)            with softcap c only
     o_t = sum_j softmax(s)_j v_j     query head h reads key/value group h // (H / G)
 
 Vaswani et al. 2017, arXiv:1706.03762, eq. 1. Inputs are cast to float32 (float64 stays) and the
@@ -29,6 +30,8 @@ def run(
     *,
     causal: bool = True,
     window: int | None = None,
+    sinks: int = 0,
+    softcap: float | None = None,
     scale: float | None = None,
     doc_ids_BT: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -51,6 +54,7 @@ def run(
             k_BSGK,
             causal=causal,
             window=window,
+            sinks=sinks,
             doc_ids_BT=doc_ids_BT,
             q_positions_BT=q_positions_BT,
             k_positions_BS=k_positions_BS,
@@ -62,10 +66,21 @@ def run(
             end = t + 1 if causal else keys
             if window is not None:
                 first, end = max(0, t - window + 1), min(end, t + window)
-        s_BGrS = scale * q_BTGrK[:, t] @ k_BGSK[:, :, first:end].mT
+        if mask_BTS is not None and sinks:
+            first = 0  # a document may start anywhere
+        sunk = min(sinks, first)
+        s_BGrS = scale * q_BTGrK[:, t] @ stretch(k_BGSK, sunk, first, end).mT
+        if softcap is not None:
+            s_BGrS = softcap * torch.tanh(s_BGrS / softcap)
         if mask_BTS is not None:
             hidden_BS = ~mask_BTS[:, t, first:end]
             s_BGrS = s_BGrS.masked_fill(hidden_BS[:, None, None], float("-inf"))
-        outputs.append(s_BGrS.softmax(dim=-1) @ v_BGSV[:, :, first:end])
+        outputs.append(s_BGrS.softmax(dim=-1) @ stretch(v_BGSV, sunk, first, end))
     o_BTHV = rearrange(outputs, "t b g r v -> b t (g r) v")
     return o_BTHV.to(q_BTHK.dtype)
+
+
+def stretch(x_BGSK: Tensor, sunk: int, first: int, end: int) -> Tensor:
+    """Keys or values [0, sunk) and [first, end)."""
+    near = x_BGSK[:, :, first:end]
+    return near if sunk == 0 else torch.cat([x_BGSK[:, :, :sunk], near], dim=2)

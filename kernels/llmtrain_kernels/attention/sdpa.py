@@ -39,8 +39,8 @@ FLASH_FIRST = [
 
 
 def unsupported(case: Case) -> str | None:
-    """SDPA runs everything, some of it slowly; select.py knows what."""
-    return None
+    """SDPA runs all but capped scores, some of it slowly; select.py knows what."""
+    return "has no softcap" if case.softcap else None
 
 
 @torch.compiler.assume_constant_result
@@ -65,6 +65,8 @@ def run(
     *,
     causal: bool = True,
     window: int | None = None,
+    sinks: int = 0,
+    softcap: float | None = None,
     scale: float | None = None,
     doc_ids_BT: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
@@ -83,6 +85,7 @@ def run(
             k_BSGK,
             causal=causal,
             window=window,
+            sinks=sinks,
             doc_ids_BT=doc_ids_BT,
             q_positions_BT=q_positions_BT,
             k_positions_BS=k_positions_BS,

@@ -3,12 +3,14 @@
 auto goes down the list of its situation and takes the first that can run it:
 
     situation                                    order
+    softcap on CUDA, no cache                    flash_attn, flex, eager
+    softcap elsewhere                            eager
     reading a cache                              sdpa
     CUDA, half precision, documents or window    varlen, flash_attn, flex, sdpa
     everything else                              sdpa
 
-The last resort of the second row computes every hidden pair, as does sdpa on CUDA in float32 with
-documents or a window: such choices are logged as warnings.
+The last resort of the first and fourth rows computes every hidden pair, as does sdpa on CUDA in
+float32 with documents or a window: such choices are logged as warnings.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import logging
 from types import ModuleType
 from typing import NamedTuple
 
-from llmtrain_kernels.attention import flash_attn, flex, reference, sdpa, varlen
+from llmtrain_kernels.attention import eager, flash_attn, flex, reference, sdpa, varlen
 from llmtrain_kernels.attention.case import Case
 
 log = logging.getLogger(__name__)
@@ -29,6 +31,7 @@ BACKENDS: dict[str, ModuleType] = {
     "varlen": varlen,
     "flex": flex,
     "flash_attn": flash_attn,
+    "eager": eager,
 }
 
 
@@ -59,6 +62,10 @@ def select_backend(case: Case, requested: str = "auto") -> Choice:
             )
         return Choice(requested, "asked for", slow=False)
     sparse = case.documents or case.window is not None
+    if case.softcap:
+        if case.cache or case.device != "cuda":
+            return Choice("eager", "softcap, all scores in memory", slow=False)
+        return first_of(("flash_attn", "flex"), case, "caps scores", otherwise="eager")
     if case.cache:
         return Choice("sdpa", "a cache is a mask", slow=False)
     if not sparse:
@@ -70,13 +77,18 @@ def select_backend(case: Case, requested: str = "auto") -> Choice:
         return Choice(
             "sdpa", "only backend for this dtype; half precision has faster ones", slow=True
         )
+    return first_of(("varlen", "flash_attn", "flex"), case, "skips hidden pairs", otherwise="sdpa")
+
+
+def first_of(backends: tuple[str, ...], case: Case, virtue: str, *, otherwise: str) -> Choice:
+    """The first backend that can run the case, or the slow one that always can."""
     reasons = []
-    for backend in ("varlen", "flash_attn", "flex"):
+    for backend in backends:
         why_not = BACKENDS[backend].unsupported(case)
         if why_not is None:
-            return Choice(backend, "; ".join(["skips hidden pairs", *reasons]), slow=False)
+            return Choice(backend, "; ".join([virtue, *reasons]), slow=False)
         reasons.append(f"{backend} {why_not}")
-    return Choice("sdpa", "; ".join(reasons), slow=True)
+    return Choice(otherwise, "; ".join(reasons), slow=True)
 
 
 @functools.cache

@@ -25,6 +25,8 @@ def unsupported(case: Case) -> str | None:
     """Why this backend cannot run the case, or None."""
     if case.window is not None and "window_size" not in PARAMETERS:
         return f"torch {torch.__version__} has no window in varlen_attn; 2.11 has"
+    if case.softcap:
+        return "has no softcap"
     return flash_unsupported(case)
 
 
@@ -52,6 +54,8 @@ def run(
     *,
     causal: bool = True,
     window: int | None = None,
+    sinks: int = 0,
+    softcap: float | None = None,
     scale: float | None = None,
     doc_ids_BT: Tensor | None = None,
     cu_seqlens: Tensor | None = None,

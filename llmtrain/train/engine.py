@@ -7,9 +7,9 @@ What DeepSpeed does: divide state among ranks and sum gradients over them. What 
     clipping    g * min(1, grad_clip / (norm + 1e-6))
     skipping    a step whose loss or norm is not finite changes nothing, on every rank alike
 
-One small all-reduce a step carries the sums, the norm and the stop request. Its results stay on
-the device: clipping factor and skip flag go into the fused AdamW kernel, and the host reads them
-one step later, so that a step never waits for the GPU.
+One small all-reduce a step carries the sums, the norm, the stop request and what channels sum over
+the step. Its results stay on the device: clipping factor and skip flag go into the fused AdamW
+kernel, and the host reads them one step later, so that a step never waits for the GPU.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ def bits_per_byte(nats: float, text_bytes: float) -> float:
 class Pending:
     """The result of a step that the device may still be computing."""
 
-    def __init__(self, totals: Tensor, aux_names: list[str], ranks: int):
-        self.aux_names, self.ranks = aux_names, ranks
+    def __init__(self, totals: Tensor, aux_names: list[str]):
+        self.aux_names = aux_names
         if totals.is_cuda:
             self.host = torch.empty(totals.shape, dtype=totals.dtype, pin_memory=True)
             self.host.copy_(totals, non_blocking=True)
@@ -85,7 +85,7 @@ class Pending:
             text_bytes=text_bytes,
             applied=bool(applied),
             stop=bool(stop),
-            aux={name: value / self.ranks for name, value in zip(self.aux_names, aux)},
+            aux=dict(zip(self.aux_names, aux, strict=True)),
         )
 
 
@@ -156,6 +156,7 @@ class Engine:
     def begin_step(self) -> None:
         self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device)
         self.aux: dict[str, Tensor] = {}
+        self.channel_sums: dict[str, Tensor] = {}
         self.micro_steps = 0
 
     def accumulate(self, micro: MicroBatch, *, last: bool) -> None:
@@ -166,19 +167,23 @@ class Engine:
         self.sums += sums
         for name, value in aux.items():
             value = value.to(torch.float64)
-            self.aux[name] = self.aux[name] + value if name in self.aux else value
+            into = self.channel_sums if name.startswith("sum/") else self.aux
+            into[name] = into[name] + value if name in into else value
         self.micro_steps += 1
 
     @torch.no_grad()
     def update(self, lr: float, *, stop: bool = False) -> Pending:
         """The optimizer step. stop: this rank was asked to stop; any rank's request counts."""
         names = sorted(self.aux)
-        aux = [self.aux[name] / self.micro_steps for name in names]
+        passes = self.micro_steps * self.world.size
+        means = [self.aux[name] / passes for name in names]
         square = torch.nn.utils.get_total_norm(self.parts.gradients()).to(torch.float64).square()
         flag = torch.full_like(square, float(stop))
-        own = torch.stack([square.to(self.device), flag.to(self.device), *aux])
-        totals = torch.cat([self.sums, own])
+        own = torch.stack([square.to(self.device), flag.to(self.device), *means])
+        channel_sums = [self.channel_sums[name].flatten() for name in sorted(self.channel_sums)]
+        totals = torch.cat([self.sums, own, *channel_sums])
         self.all_reduce(totals)
+        totals, *channel_sums = totals.split([len(SUMS) + len(own), *map(len, channel_sums)])
         loss, tokens, square = totals[0], totals[SUMS.index("weight")], totals[len(SUMS)]
         correction = self.step_tokens / tokens
         norm = square.sqrt() * correction
@@ -195,9 +200,19 @@ class Engine:
         self.engine.step()
         self.parts.stepped()
         head, tail = totals[: len(SUMS)], totals[len(SUMS) + 1 :]
-        result = torch.cat([head, torch.stack([norm, finite.to(norm.dtype)]), tail])
+        metrics = self.after_step(channel_sums, finite)
+        values = [value.to(norm.dtype).reshape(1) for value in metrics.values()]
+        result = torch.cat([head, torch.stack([norm, finite.to(norm.dtype)]), tail, *values])
         self.begin_step()
-        return Pending(result, names, self.world.size)
+        return Pending(result, [*names, *metrics])
+
+    def after_step(self, totals: list[Tensor], finite: Tensor) -> dict[str, Tensor]:
+        """Hand channels what they summed over the step, zeros if it was skipped; their metrics."""
+        sums = {
+            name: torch.where(finite, total, 0).view_as(self.channel_sums[name])
+            for name, total in zip(sorted(self.channel_sums), totals, strict=True)
+        }
+        return self.module.after_step(sums)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[MicroBatch]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from llmtrain.channels.base import Channel
 from llmtrain.context import SequenceContext
 from llmtrain.data.batch import MicroBatch
 
@@ -23,7 +24,8 @@ class TrainModule(nn.Module):
     """forward(micro) -> (loss_sum, sums, aux).
 
     loss_sum: scalar with gradient, sum over the tokens. sums: float64 [len(SUMS)], detached:
-    loss, cross-entropy (nats), token weights, bytes of the target tokens. aux: detached scalars.
+    loss, cross-entropy (nats), token weights, bytes of the target tokens. aux: detached; scalars,
+    and what "sum/<place>/<name>" adds over a step (llmtrain/channels/base.py).
     token_bytes: bytes of the text of each token id, [O].
     """
 
@@ -46,6 +48,27 @@ class TrainModule(nn.Module):
 
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         return self.compute(micro.tokens_BT, micro.targets_BT, micro.weights_BT, micro.ctx)
+
+    def after_step(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Call after_step of every channel that summed something over the step.
+
+        sums: "sum/<place>/<name>" -> total, the place being l<application> of the stack or mtp<j>
+        of multi-token prediction. Returns their metrics, "metric/<place>/<name>".
+        """
+        own: dict[str, dict[str, Tensor]] = {}
+        for key, value in sums.items():
+            _, place, name = key.split("/", 2)
+            own.setdefault(place, {})[name] = value
+        metrics = {}
+        for place, values in own.items():
+            for key, value in self.channel_at(place).after_step(values).items():
+                metrics[f"metric/{place}/{key.removeprefix('metric/')}"] = value
+        return metrics
+
+    def channel_at(self, place: str) -> Channel:
+        if place.startswith("mtp"):
+            return self.model.mtp[int(place.removeprefix("mtp"))].block.channel
+        return self.model.stack.applications[int(place.removeprefix("l"))].channel
 
     def compile_model(self) -> None:
         """Let torch.compile take the whole computation as one graph.

@@ -44,6 +44,8 @@ MAY_CHANGE = (
     "tracker.*",
     "mixer.backend",
     "mixers.*.backend",
+    "channel.backend",
+    "channels.*.backend",
     "objective.chunk_tokens",
     "tokenizer.*",  # the corpus counts: its fingerprint is compared
     "data.*",

@@ -25,8 +25,8 @@ from llmtrain.train.zero import Zero0
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """A checked run. held_out: None when the corpus has no held-out text. backends: pattern letter
-    of a mixer -> the kernel backend that trains it."""
+    """A checked run. held_out: None when the corpus has no held-out text. backends: "mixer a",
+    "channel b", ... -> the kernel backend that trains it."""
 
     config: dict
     world: World
@@ -102,26 +102,28 @@ class Setup:
     def describe(self) -> str:
         """The plan and the groups of the optimizer."""
         groups = self.optimizer.describe(self.build_module("meta"))
-        chosen = ", ".join(f"mixer {letter}: {name}" for letter, name in self.backends.items())
+        chosen = ", ".join(f"{part}: {name}" for part, name in self.backends.items())
         lines = [describe(self.plan), "optimizer groups", groups]
         return "\n".join(lines + ([f"kernel backends  {chosen}"] if chosen else []))
 
 
 def kernel_backends(config: dict, device: torch.device, vocab_size: int) -> dict[str, str]:
-    """Pattern letter -> backend, of the mixers that choose one. ValueError for an impossible one.
+    """Group and pattern letter -> backend, of the mixers and channels that choose one. ValueError
+    for an impossible one.
 
     Asked before the start, because inside of torch.compile the error would drown.
     """
     knobs = config["train"]
     model = build.build_model(config, vocab_size=vocab_size, device="meta")
+    dtype = build.DTYPES[knobs["precision"]]
     chosen = {}
-    for letter, block in zip(build.layer_letters(config), model.stack.blocks):
-        backend = block.mixer.kernel_backend(
+    mixers, channels = (build.layer_letters(config, group) for group in ("mixer", "channel"))
+    for mixer, channel, block in zip(mixers, channels, model.stack.blocks):
+        chosen[f"mixer {mixer}"] = block.mixer.kernel_backend(
             device=device,
-            dtype=build.DTYPES[knobs["precision"]],
+            dtype=dtype,
             tokens=knobs["seq_len"],
             documents=knobs["mask_documents"],
         )
-        if backend is not None:
-            chosen[letter] = backend
-    return chosen
+        chosen[f"channel {channel}"] = block.channel.kernel_backend(device=device, dtype=dtype)
+    return {part: backend for part, backend in sorted(chosen.items()) if backend is not None}

@@ -110,7 +110,7 @@ def test_run_folder_and_summary(configure, tmp_path, capsys):
     assert start["seed"] == 0
     assert start["deepspeed"]["gradient_clipping"] == 0.0
     assert {"torch", "deepspeed", "python"} <= start["versions"].keys()
-    assert start["backends"] == {"a": "sdpa"}
+    assert start["backends"] == {"mixer a": "sdpa"}
     printed = capsys.readouterr().out
     assert "optimizer groups" in printed
     assert "kernel backends  mixer a: sdpa" in printed

@@ -1,0 +1,1 @@
+"""The parts of scripts/mixers_learn.py: arms, tasks, training, jobs, books, report."""

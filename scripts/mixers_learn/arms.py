@@ -1,0 +1,161 @@
+"""The architectures that are compared, and their widths at equal parameters.
+
+What counts is the body: every parameter outside the embedding (and the head tied to it), of which
+a token uses all, except in a mixture of experts: there, those that it uses. The yardstick is
+attention with a SwiGLU of 8/3 d_model; every other arm gets the width of the channel part that
+brings its body to the same number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omegaconf import OmegaConf
+
+from llmtrain import build
+from llmtrain.accounting import parameters_by_part
+from llmtrain.config import compose, hydra_compose
+from llmtrain.model.language_model import LanguageModel
+from llmtrain.validate import READ_BY_BUILD, interpolated
+
+TOLERANCE = 0.02  # of the body
+OUTSIDE = ("embedding", "position", "head")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """overrides: of `llmtrain train`; patterns: number of layers -> letters of a hybrid's stack.
+    sequential: steps token by token, so it takes long and is not compiled in training."""
+
+    name: str
+    overrides: tuple[str, ...]
+    label: str
+    patterns: dict[int, str] | None = None
+    sequential: bool = False
+
+    def chosen(self, layers: int) -> list[str]:
+        """The overrides for that many layers."""
+        if self.patterns is None:
+            return list(self.overrides)
+        if layers not in self.patterns:
+            raise ValueError(
+                f"{self.name}: got {layers} layers, expected {', '.join(map(str, self.patterns))}, "
+                "the numbers that it has a pattern for; change the layers or the arms"
+            )
+        return [*self.overrides, f"stack.pattern={self.patterns[layers]}"]
+
+
+NO_POSITIONS = "position=none"
+ARMS = {
+    arm.name: arm
+    for arm in (
+        Arm(name="attention", label="attention", overrides=("mixer=mha",)),
+        Arm(name="mla", label="MLA", overrides=("mixer=mla",)),
+        Arm(name="mamba2", label="Mamba-2", overrides=("mixer=mamba2", NO_POSITIONS)),
+        Arm(
+            name="gated_deltanet",
+            label="gated DeltaNet",
+            overrides=("mixer=gated_deltanet", NO_POSITIONS),
+        ),
+        Arm(
+            name="gated_deltanet_neg",
+            label="gated DeltaNet, eigenvalues in [-1, 1]",
+            overrides=("mixer=gated_deltanet", "mixer.allow_neg_eigval=true", NO_POSITIONS),
+        ),
+        Arm(name="mlstm", label="mLSTM", overrides=("mixer=mlstm", NO_POSITIONS)),
+        Arm(name="slstm", label="sLSTM", overrides=("mixer=slstm", NO_POSITIONS), sequential=True),
+        Arm(
+            name="hybrid",
+            label="hybrid Mamba-2 + attention",
+            overrides=("mixer=mamba2", "stack=hybrid", "mixer@mixers.b=mha"),
+            patterns={2: "ab", 4: "aaab", 8: "aaab"},
+        ),
+        Arm(name="moe", label="attention + MoE", overrides=("mixer=mha", "channel=moe")),
+        Arm(
+            name="recurrent_depth",
+            label="attention, recurrent depth",
+            overrides=("mixer=mha", "stack=recurrent_depth"),
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matched:
+    """An arm at the yardstick's size. overrides: complete, for `llmtrain train`; body: parameters
+    that a token uses outside the embedding; total: all parameters; hidden: model.ffn_hidden."""
+
+    overrides: list[str]
+    config: dict
+    body: int
+    total: int
+    hidden: int
+    target: int
+
+
+def body_parameters(model: LanguageModel) -> int:
+    """Parameters outside embedding and head that a token uses: a channel uses one for every two of
+    its FLOPs, which leaves out the experts that were not chosen."""
+    counts = parameters_by_part(model)
+    body = counts["total"] - sum(counts[part] for part in OUTSIDE)
+    for block in model.stack.blocks:
+        owned = sum(parameter.numel() for parameter in block.channel.parameters())
+        body += round(block.channel.flops_per_token() / 2) - owned
+    return body
+
+
+def effective(chosen: list[str], sizes: list[str]) -> list[str]:
+    """chosen, and those sizes that it reads: a size of the model without effect is an error."""
+    raw, _ = hydra_compose("train", chosen, ())
+    read = READ_BY_BUILD | interpolated(OmegaConf.to_container(raw, resolve=False), "model")
+
+    def reads(override: str) -> bool:
+        section, _, key = override.partition("=")[0].partition(".")
+        return section != "model" or key in read
+
+    return [*chosen, *(override for override in sizes if reads(override))]
+
+
+def build_meta(overrides: list[str], vocab_size: int) -> tuple[dict, LanguageModel]:
+    config = compose("train", overrides)
+    return config, build.build_model(config, vocab_size=vocab_size, device="meta")
+
+
+def match(
+    arm: Arm, sizes: list[str], *, d_model: int, layers: int, vocab_size: int, multiple: int = 1
+) -> Matched:
+    """The arm with the width of the channel part that equals attention's parameters.
+
+    sizes: overrides for every arm, of model and training. multiple: of that width. ValueError when
+    no width does, because the rest of the arm alone is too large or the step too coarse.
+    """
+    common = [*sizes, f"model.d_model={d_model}", f"model.n_layers={layers}"]
+    default = -(-round(8 / 3 * d_model) // multiple) * multiple
+
+    def attempt(chosen: list[str], hidden: int) -> tuple[dict, LanguageModel, list[str]]:
+        overrides = effective(chosen, [*common, f"model.ffn_hidden={hidden}"])
+        return *build_meta(overrides, vocab_size), overrides
+
+    _, yardstick, _ = attempt(ARMS["attention"].chosen(layers), default)
+    target = body_parameters(yardstick)
+    chosen = arm.chosen(layers)
+    low, high = (body_parameters(attempt(chosen, h)[1]) for h in (multiple, default + multiple))
+    # The body is a straight line over the width: every weight of the channel part has it once.
+    slope = (high - low) / default
+    hidden = round((target - low) / slope / multiple) * multiple + multiple if slope else 0
+    if hidden < multiple:
+        raise ValueError(
+            f"{arm.name}: got {low:,} parameters beside the channel part at d_model={d_model}, "
+            f"expected fewer than attention's {target:,} in all; raise attention's width"
+        )
+    config, model, overrides = attempt(chosen, hidden)
+    body = body_parameters(model)
+    if abs(body / target - 1) > TOLERANCE:
+        raise ValueError(
+            f"{arm.name}: got {body:,} parameters with model.ffn_hidden={hidden}, expected "
+            f"{target:,} within {TOLERANCE:.0%}; lower the multiple ({multiple})"
+        )
+    total = parameters_by_part(model)["total"]
+    return Matched(
+        overrides=overrides, config=config, body=body, total=total, hidden=hidden, target=target
+    )

@@ -1,0 +1,105 @@
+"""The books: each arm through `llmtrain train`, about 30M parameters, embedding included."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from llmtrain import build
+from mixers_learn import results
+from mixers_learn.arms import ARMS, match
+from mixers_learn.workers import key_of, machine, model_facts
+
+
+def training(options: argparse.Namespace, name: str) -> list[str]:
+    """The overrides that every arm shares, less the sizes of the model."""
+    tokens = options.book_tokens
+    steps = -(-tokens // options.book_step_tokens)
+    on_gpu = options.device.startswith("cuda")
+    compiled = on_gpu and not options.safe and not ARMS[name].sequential
+    return [
+        f"model.n_heads={options.book_heads}",
+        f"model.n_kv_heads={options.book_heads}",
+        f"model.max_seq_len={options.book_seq_len}",
+        "model.init_std=0.02",
+        f"data={options.data}",
+        *options.data_override,
+        f"optimizer.lr={options.book_lr}",
+        "schedule.warmup_fraction=0.1",
+        "schedule.min_ratio=0.1",
+        "tracker=none",
+        f"train.seq_len={options.book_seq_len}",
+        f"train.global_batch_tokens={options.book_step_tokens}",
+        f"train.micro_batch={options.micro_batch}",
+        f"train.total_tokens={tokens}",
+        f"train.precision={'bf16' if on_gpu else 'fp32'}",
+        f"train.compile={'blocks' if compiled else 'none'}",
+        f"train.device={'cuda' if on_gpu else 'cpu'}",
+        f"train.log_every={max(1, steps // 60)}",
+        f"train.val_every={max(1, steps // 6)}",
+        f"train.val_tokens={options.val_tokens}",
+        f"train.save_every={10 * steps}",
+        "train.keep=1",
+    ]
+
+
+def books(options: argparse.Namespace, name: str) -> None:
+    """Train one arm, or continue its run, and write its row."""
+    matched = match(
+        ARMS[name],
+        training(options, name),
+        d_model=options.book_width,
+        layers=options.book_layers,
+        vocab_size=options.book_vocab,
+        multiple=options.book_multiple,
+    )
+    run_dir = options.out / "runs" / f"books_{name}"
+    facts = [
+        text for text in matched.overrides if not text.startswith(("train.compile", "train.log"))
+    ]
+    key = key_of("books", name, overrides=facts, seed=0)
+    if key in results.finished(options.out):
+        return
+    command = [sys.executable, "-m", "llmtrain.cli", "train", *matched.overrides]
+    command += [f"name=books_{name}", f"run_dir={run_dir}"]
+    print("llmtrain train", *command[4:], flush=True)
+    subprocess.run(command, check=True)
+    results.append(options.out, row_of(run_dir, options, name, matched, key))
+
+
+def row_of(
+    run_dir: Path, options: argparse.Namespace, name: str, matched: object, key: str
+) -> dict:
+    """What a finished run's files say."""
+    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [json.loads(line) for line in lines]
+    starts = (run_dir / "starts.jsonl").read_text(encoding="utf-8").splitlines()
+    train = [entry for entry in entries if entry["kind"] == "train"]
+    model = build.build_model(matched.config, vocab_size=options.book_vocab, device="meta")
+    return {
+        "key": key,
+        "part": "books",
+        "arm": name,
+        "task": "books",
+        "width": options.book_width,
+        "seed": 0,
+        "lr": options.book_lr,
+        "finished": summary["finished"],
+        "tokens": summary["tokens"],
+        "steps": summary["step"],
+        "bits_per_byte": summary["val"]["bits_per_byte"],
+        "val": [[e["tokens"], e["bits_per_byte"]] for e in entries if e["kind"] == "val"],
+        "curve": [[e["tokens"], e["bits_per_byte"]] for e in train],
+        "tokens_per_second": max(entry["tokens_per_second"] for entry in train),
+        "skipped": summary["skipped"],
+        "memory": summary["memory"],
+        "data_stream": json.loads(starts[-1])["data_stream"],
+        **model_facts(model, matched, options.book_seq_len),
+        **machine(torch.device(options.device)),
+    }

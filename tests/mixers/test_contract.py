@@ -29,6 +29,7 @@ SIZES = {"d_model": D, "n_heads": 4, "n_kv_heads": 2, "head_dim": None, "init_st
 SMALL = {
     "sliding_window": {"window": 5},
     "mamba2": {"head_dim": 8, "d_state": 8, "n_groups": 2, "chunk": 8},
+    "mlstm": {"chunk": 8, "input_gate_bias": -1.0, "gate_init_std": 0.3},
 }
 # Further knobs worth the whole suite: name -> (YAML, knobs).
 VARIANTS = {
@@ -41,6 +42,10 @@ VARIANTS = {
     "mamba2_norm_before_gate": (
         "mamba2",
         {"head_dim": 8, "d_state": 8, "d_conv": 1, "norm_before_gate": True, "bias": True},
+    ),
+    "mlstm_sigmoid_conv": (
+        "mlstm",
+        {"chunk": 8, "input_gate": "sigmoid", "d_conv": 4, "gate_init_std": 0.3, "bias": True},
     ),
 }
 FACTS = {"layer_idx": 1, "n_layers": LAYERS}

@@ -10,7 +10,9 @@ model needs is a state that holds all pairs.
 State tracking (word problems of groups; Merrill et al. 2024, arXiv:2404.08819, section 4): tokens
 are elements of a group; at every position the product of all of them so far must be said. Parity
 (the group of two elements) and S3 are solvable; A5 and S5 are not, and their word problem is
-complete for NC1. Grazzi et al. 2024 (arXiv:2411.12537) show what negative eigenvalues add.
+complete for NC1. Grazzi et al. 2024 (arXiv:2411.12537) show what negative eigenvalues add. A row
+begins with a token of its own: attention with relative positions alone cannot tell one element
+from two equal ones, since an average of equal values is that value.
 
 Everything is tensors, on the device of the generator, and a function of the generator's state.
 """
@@ -109,6 +111,7 @@ class Group:
 
     @property
     def order(self) -> int:
+        """Number of elements, and the token that begins a row."""
         return len(self.elements)
 
 
@@ -164,17 +167,21 @@ def running_products(tokens_BT: Tensor, product: Tensor) -> Tensor:
 
 
 def state_tracking(rows: int, tokens: int, name: str, *, generator: torch.Generator) -> Examples:
-    """Rows of random letters of the group `name`, asked for the running product everywhere."""
-    if tokens < 1:
-        raise ValueError(f"state tracking: got rows of {tokens} tokens, expected at least 1")
+    """Rows of a first token (the group's order) and random letters of the group `name`, asked for
+    the running product at every letter; its vocabulary is the group's order + 1."""
+    if tokens < 2:
+        raise ValueError(
+            f"state tracking: got rows of {tokens} tokens, expected at least 2: the first token "
+            "and a letter; raise it"
+        )
     device, chosen = generator.device, group(name)
     letters = chosen.letters.to(device)
-    index_BT = torch.randint(len(letters), (rows, tokens), generator=generator, device=device)
-    tokens_BT = letters[index_BT]
+    index = torch.randint(len(letters), (rows, tokens - 1), generator=generator, device=device)
+    word = letters[index]
     return Examples(
-        tokens_BT,
-        torch.arange(tokens, device=device).expand(rows, tokens),
-        running_products(tokens_BT, chosen.product.to(device)),
+        torch.cat([word.new_full((rows, 1), chosen.order), word], dim=1),
+        torch.arange(1, tokens, device=device).expand(rows, tokens - 1),
+        running_products(word, chosen.product.to(device)),
     )
 
 

@@ -76,17 +76,17 @@ class WordProblem:
         return [state_tracking(self.test_rows, max(self.lengths), self.name, generator=generator)]
 
     def scores(self, correct: list[Tensor]) -> dict[str, float]:
-        """Length -> accuracy at the positions length/2 .. length - 1."""
+        """Length -> accuracy at positions length/2 .. length - 1; position 0 has no question."""
         (whole,) = correct
-        return {str(n): float(whole[:, n // 2 : n].mean()) for n in self.lengths}
+        return {str(n): float(whole[:, n // 2 - 1 : n - 1].mean()) for n in self.lengths}
 
     @property
     def vocab_size(self) -> int:
-        return group(self.name).order
+        return group(self.name).order + 1
 
     @property
     def chance(self) -> float:
-        return 1 / self.vocab_size
+        return 1 / group(self.name).order
 
 
 Task = Recall | WordProblem

@@ -84,12 +84,13 @@ def apply_all(elements, word):
 @pytest.mark.parametrize("name", synthetic.GROUPS)
 def test_products_move_points_as_the_word_does(name):
     chosen = group(name)
-    examples = state_tracking(4, 13, name, generator=seeded())
-    for row, answers in zip(examples.tokens_BT.tolist(), examples.answers.tolist()):
-        assert set(row) <= set(chosen.letters.tolist())
+    examples = state_tracking(4, 14, name, generator=seeded())
+    for (first, *word), answers in zip(examples.tokens_BT.tolist(), examples.answers.tolist()):
+        assert first == chosen.order
+        assert set(word) <= set(chosen.letters.tolist())
         for t, answer in enumerate(answers):
-            assert apply_all(chosen.elements, row[: t + 1]) == list(chosen.elements[answer])
-    assert examples.asked.equal(torch.arange(13).expand(4, 13))
+            assert apply_all(chosen.elements, word[: t + 1]) == list(chosen.elements[answer])
+    assert examples.asked.equal(torch.arange(1, 14).expand(4, 13))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8, 9, 100])
@@ -110,7 +111,7 @@ def test_swaps_reach_the_whole_group():
 
 def test_parity_is_the_parity_of_ones():
     examples = state_tracking(3, 50, "parity", generator=seeded())
-    assert examples.answers.equal(examples.tokens_BT.cumsum(dim=1) % 2)
+    assert examples.answers.equal(examples.tokens_BT[:, 1:].cumsum(dim=1) % 2)
 
 
 def test_the_seed_decides():
@@ -130,8 +131,8 @@ def test_what_does_not_fit_is_refused():
         recall(1, 64, 16, vocab_size=80, generator=seeded())
     with pytest.raises(ValueError, match=r"'s4', expected one of parity"):
         group("s4")
-    with pytest.raises(ValueError, match=r"rows of 0 tokens"):
-        state_tracking(1, 0, "s3", generator=seeded())
+    with pytest.raises(ValueError, match=r"rows of 1 tokens, expected at least 2"):
+        state_tracking(1, 1, "s3", generator=seeded())
 
 
 def test_accuracy():

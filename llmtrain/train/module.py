@@ -52,7 +52,7 @@ class TrainModule(nn.Module):
     def after_step(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """Call after_step of every channel that summed something over the step.
 
-        sums: "sum/<place>/<name>" -> total, the place being l<application> of the stack or mtp<j>
+        sums: "sum/<place>/<name>" -> total, the place being l<block> of the stack or mtp<j>
         of multi-token prediction. Returns their metrics, "metric/<place>/<name>".
         """
         own: dict[str, dict[str, Tensor]] = {}
@@ -68,7 +68,7 @@ class TrainModule(nn.Module):
     def channel_at(self, place: str) -> Channel:
         if place.startswith("mtp"):
             return self.model.mtp[int(place.removeprefix("mtp"))].block.channel
-        return self.model.stack.applications[int(place.removeprefix("l"))].channel
+        return self.model.stack.blocks[int(place.removeprefix("l"))].channel
 
     def compile_model(self) -> None:
         """Let torch.compile take the whole computation as one graph.

@@ -12,7 +12,15 @@ from types import ModuleType
 import pytest
 import torch
 import torch._dynamo.testing
-from llmtrain_kernels.attention import BACKENDS, Case, attention, flash_attn, select_backend, varlen
+from llmtrain_kernels.attention import (
+    BACKENDS,
+    Case,
+    attention,
+    flash_attn,
+    sdpa,
+    select_backend,
+    varlen,
+)
 from llmtrain_kernels.attention.select import announced
 
 H100 = Case(
@@ -45,9 +53,12 @@ def machine(monkeypatch):
         ({**PACKED, "window": 128, "dtype": torch.float16}, "varlen", False),
         ({**PACKED, "training": False}, "varlen", False),
         ({"documents": True}, "flex", False),  # no boundaries given
-        ({**PACKED, "k_width": 64, "v_width": 128}, "flex", False),
+        ({**PACKED, "k_width": 192, "v_width": 128}, "varlen", False),  # values padded
+        ({"k_width": 192, "v_width": 128}, "sdpa", False),
+        ({**PACKED, "k_width": 64, "v_width": 288}, "flex", False),
         ({**PACKED, "k_width": 320, "v_width": 320}, "flex", False),
-        ({**PACKED, "k_width": 8, "v_width": 12}, "sdpa", True),
+        ({**PACKED, "k_width": 8, "v_width": 12}, "varlen", False),
+        ({**PACKED, "k_width": 8, "v_width": 264}, "sdpa", True),
         ({**PACKED, "capability": (7, 5)}, "flex", False),
         ({**PACKED, "dtype": torch.float32}, "sdpa", True),
         ({"dtype": torch.float32}, "sdpa", False),
@@ -92,7 +103,7 @@ def test_auto_without_a_window_in_varlen(monkeypatch):
     [
         ("varlen", {"dtype": torch.float32}, "needs bfloat16 or float16 on CUDA; got cuda float32"),
         ("varlen", {"capability": (7, 5)}, r"needs compute capability 8.0, this device has \(7, 5"),
-        ("varlen", {"k_width": 68, "v_width": 68}, "needs equal key and value widths, a multiple"),
+        ("varlen", {"k_width": 320}, "needs key and value widths of at most 256, not 320 and 64"),
         ("varlen", {"cache": True}, "takes no mask, so it cannot read a cache"),
         ("varlen", {"documents": True}, "needs cu_seqlens and max_seqlen for packed documents"),
         ("flash_attn", PACKED, r"is not installed: pip install 'llmtrain\[flash-attn\]'"),
@@ -141,6 +152,15 @@ def test_reason_names_the_order_of_cuda_kernels():
     assert select_backend(replace(H100, capability=(8, 0))).reason == "dense rows"
 
 
+def test_reason_names_padding():
+    latent = replace(H100, k_width=192, v_width=128)
+    padded = "widths 192 and 128 padded to 192"
+    assert select_backend(latent).reason == f"dense rows, cuDNN first, {padded}"
+    assert select_backend(replace(latent, **PACKED)).reason == f"skips hidden pairs, {padded}"
+    assert select_backend(replace(latent, device="cpu")).reason == "dense rows"
+    assert "padded" not in select_backend(replace(latent, **PACKED, capability=(7, 5))).reason
+
+
 def test_a_window_that_hides_nothing_is_none(caplog):
     caplog.set_level(logging.INFO, logger="llmtrain_kernels")
     announced.cache_clear()
@@ -161,6 +181,8 @@ def test_a_compiled_first_call_is_logged(caplog):
 
 def by_reference(q_NHK, k_NGK, v_NGV, boundaries, longest, causal, window, scale, softcap=None):
     """What a varlen kernel computes, from its own arguments."""
+    assert q_NHK.shape[-1] == k_NGK.shape[-1] == v_NGV.shape[-1]
+    assert q_NHK.shape[-1] % 8 == 0
     ends = boundaries[1:].tolist()
     assert max(b - a for a, b in zip([0, *ends], ends)) <= longest
     ids_N = torch.bucketize(torch.arange(q_NHK.shape[0]), boundaries[1:], right=True)
@@ -249,10 +271,13 @@ def flash_backend(request, monkeypatch):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("heads", [4, 2])
-def test_flash_backends(flash_backend, causal, heads):
-    """Rows are flattened, boundaries padded with empty documents, windows and scales translated."""
+@pytest.mark.parametrize("widths", [(8, 8), (20, 16), (6, 13)], ids=str)
+def test_flash_backends(flash_backend, causal, heads, widths):
+    """Rows are flattened, boundaries padded with empty documents, windows and scales translated,
+    keys and values made equally wide."""
     run, has_window, caps = flash_backend
-    q, k, v = (torch.randn(2, 9, n, 8, dtype=torch.float64) for n in (heads, 2, 2))
+    shapes = (heads, widths[0]), (2, widths[0]), (2, widths[1])
+    q, k, v = (torch.randn(2, 9, *shape, dtype=torch.float64) for shape in shapes)
     starts_BT = torch.zeros(2, 9, dtype=torch.bool)
     starts_BT[0, [0, 4, 5]] = True
     starts_BT[1, 0] = True
@@ -301,3 +326,23 @@ def test_varlen_compiles_for_any_documents(monkeypatch):
         expected = attention(q, q, q, backend="reference", **arguments)
         torch.testing.assert_close(compiled(q, q, q, **arguments), expected)
     assert counter.frame_count <= 3
+
+
+@pytest.mark.parametrize("widths", [(12, 8), (8, 12)], ids=str)
+def test_sdpa_with_padded_widths(monkeypatch, widths):
+    """What CUDA in half precision does for flash and cuDNN gives the same anywhere."""
+    q, k, v = (torch.randn(2, 9, 4, w, dtype=torch.float64) for w in (*widths[:1] * 2, widths[1]))
+    seen = []
+
+    def spy(q, k, v, **options):
+        seen.append([x.shape[-1] for x in (q, k, v)])
+        return original(q, k, v, **options)
+
+    original = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(sdpa, "pads", lambda q, v_width, masked: not masked)
+    for scale in (None, 0.2):
+        got = attention(q, k, v, scale=scale, backend="sdpa")
+        expected = attention(q, k, v, scale=scale, backend="reference")
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+    assert seen == [[16, 16, 16]] * 2

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from llmtrain_kernels.attention.widths import common_width
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -38,6 +40,14 @@ class Case:
         """bfloat16 or float16 on CUDA: what the flash kernels are made for."""
         return self.device == "cuda" and self.dtype in (torch.bfloat16, torch.float16)
 
+    @property
+    def padded(self) -> str:
+        """A note for kernels that know one width only: "", or what equal_widths does."""
+        width = common_width(self.k_width, self.v_width)
+        if self.k_width == self.v_width == width:
+            return ""
+        return f", widths {self.k_width} and {self.v_width} padded to {width}"
+
     def describe(self) -> str:
         """One phrase for the log, such as "cuda bfloat16, heads 16/4 x 64, training"."""
         parts = [
@@ -64,11 +74,8 @@ def flash_unsupported(case: Case) -> str | None:
         return "needs bfloat16 or float16 on CUDA"
     if case.capability is not None and case.capability < (8, 0):
         return f"needs compute capability 8.0, this device has {case.capability}"
-    if case.k_width != case.v_width or case.k_width % 8 or case.k_width > 256:
-        return (
-            f"needs equal key and value widths, a multiple of 8 up to 256, not {case.k_width} "
-            f"and {case.v_width}"
-        )
+    if common_width(case.k_width, case.v_width) > 256:
+        return f"needs key and value widths of at most 256, not {case.k_width} and {case.v_width}"
     if case.cache:
         return "takes no mask, so it cannot read a cache"
     if case.sinks:

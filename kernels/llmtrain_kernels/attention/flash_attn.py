@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmtrain_kernels.attention.case import Case, flash_unsupported
 from llmtrain_kernels.attention.varlen import flash_window, flatten_rows
+from llmtrain_kernels.attention.widths import equal_widths
 
 INSTALLED = find_spec("flash_attn") is not None
 
@@ -40,6 +41,8 @@ def run(
     from flash_attn import flash_attn_varlen_func  # optional, and slow to import
 
     boundaries, longest = flatten_rows(q_BTHK, cu_seqlens, max_seqlen)
+    v_width = v_BSGV.shape[3]
+    q_BTHK, k_BSGK, v_BSGV, scale = equal_widths(q_BTHK, k_BSGK, v_BSGV, scale)
     o_NHV = flash_attn_varlen_func(
         rearrange(q_BTHK, "b t h k -> (b t) h k"),
         rearrange(k_BSGK, "b s g k -> (b s) g k"),
@@ -53,4 +56,4 @@ def run(
         softcap=0.0 if softcap is None else softcap,
         window_size=flash_window(causal, window) if window is not None else (-1, -1),
     )
-    return rearrange(o_NHV, "(b t) h v -> b t h v", b=q_BTHK.shape[0])
+    return rearrange(o_NHV, "(b t) h v -> b t h v", b=q_BTHK.shape[0])[..., :v_width]

@@ -9,8 +9,10 @@ auto goes down the list of its situation and takes the first that can run it:
     CUDA, half precision, documents or window    varlen, flash_attn, flex, sdpa
     everything else                              sdpa
 
-The last resort of the first and fourth rows computes every hidden pair, as does sdpa on CUDA in
-float32 with documents or a window: such choices are logged as warnings.
+The flash kernels know one width: where keys and values differ (latent attention), the narrower are
+padded with zeros (widths.py), which the reason says. The last resort of the first and fourth rows
+computes every hidden pair, as does sdpa on CUDA in float32 with documents or a window: such choices
+are logged as warnings.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ def select_backend(case: Case, requested: str = "auto") -> Choice:
         return Choice("sdpa", "a cache is a mask", slow=False)
     if not sparse:
         cudnn = case.half_cuda and case.training and case.capability[0] in sdpa.CUDNN_MAJORS
-        return Choice("sdpa", "dense rows" + (", cuDNN first" if cudnn else ""), slow=False)
+        padded = case.padded if case.half_cuda and case.k_width != case.v_width else ""
+        reason = "dense rows" + (", cuDNN first" if cudnn else "") + padded
+        return Choice("sdpa", reason, slow=False)
     if case.device != "cuda":
         return Choice("sdpa", "only backend for training on this device", slow=False)
     if not case.half_cuda:
@@ -86,7 +90,8 @@ def first_of(backends: tuple[str, ...], case: Case, virtue: str, *, otherwise: s
     for backend in backends:
         why_not = BACKENDS[backend].unsupported(case)
         if why_not is None:
-            return Choice(backend, "; ".join([virtue, *reasons]), slow=False)
+            padded = "" if backend == "flex" else case.padded
+            return Choice(backend, "; ".join([virtue + padded, *reasons]), slow=False)
         reasons.append(f"{backend} {why_not}")
     return Choice(otherwise, "; ".join(reasons), slow=True)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from llmtrain_kernels.attention.case import Case, flash_unsupported
+from llmtrain_kernels.attention.widths import equal_widths
 
 PARAMETERS = frozenset(inspect.signature(varlen_attn).parameters)
 
@@ -65,6 +66,8 @@ def run(
 ) -> Tensor:
     """o_BTHV. Arguments as attention(); doc_ids_BT repeats cu_seqlens, positions are not taken."""
     boundaries, longest = flatten_rows(q_BTHK, cu_seqlens, max_seqlen)
+    v_width = v_BSGV.shape[3]
+    q_BTHK, k_BSGK, v_BSGV, scale = equal_widths(q_BTHK, k_BSGK, v_BSGV, scale)
     options = {}
     if "window_size" in PARAMETERS:
         options["window_size"] = flash_window(causal, window)
@@ -86,4 +89,4 @@ def run(
         longest,
         **options,
     )
-    return rearrange(o_NHV, "(b t) h v -> b t h v", b=q_BTHK.shape[0])
+    return rearrange(o_NHV, "(b t) h v -> b t h v", b=q_BTHK.shape[0])[..., :v_width]

@@ -34,6 +34,10 @@ SMALL = {
 # Further knobs worth the whole suite: name -> (YAML, knobs).
 VARIANTS = {
     "qk_norm_and_bias": ("attention", {"qk_norm": True, "bias": True}),
+    "mla_ranks": (
+        "mla",
+        {"q_lora_rank": 6, "kv_lora_rank": 5, "qk_nope_head_dim": 3, "v_head_dim": 7},
+    ),
     "gate_sinks_softcap": (
         "sliding_window",
         {"window": 5, "sinks": 3, "softcap": 1.5, "output_gate": True},

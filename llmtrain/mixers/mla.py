@@ -22,8 +22,6 @@ and D Q + Q H (N + P) with a query rank Q, else D H (N + P). FLOPs a token: 2 pe
 
 from __future__ import annotations
 
-import math
-
 import torch
 from einops import einsum, rearrange
 from llmtrain_kernels.attention import (
@@ -41,6 +39,7 @@ from llmtrain.model.init import depth_std
 from llmtrain.model.linear import Linear, cast_parameter
 from llmtrain.model.norm import RMSNorm
 from llmtrain.model.position import apply_rotary
+from llmtrain.model.rope_scaling import yarn_temperature
 
 
 class LatentAttention(Mixer):
@@ -98,7 +97,7 @@ class LatentAttention(Mixer):
         self.rotary_width = self.rope
         self.scale = (self.nope + self.rope) ** -0.5 if softmax_scale is None else softmax_scale
         if yarn_factor is not None:
-            self.scale *= (0.1 * yarn_mscale * math.log(yarn_factor) + 1.0) ** 2
+            self.scale *= yarn_temperature(yarn_factor, yarn_mscale) ** 2
 
         queries, d_query = n_heads * (self.nope + self.rope), q_lora_rank or d_model
         self.q_down, self.q_norm = None, None

@@ -112,6 +112,7 @@ class Rope(NoPosition):
         beta_slow: float | None = None,
         low_freq_factor: float | None = None,
         high_freq_factor: float | None = None,
+        attention_factor: float | None = None,
     ):
         super().__init__(d_model, max_seq_len=max_seq_len, rotary_widths=rotary_widths)
         if not 0.0 < fraction <= 1.0:
@@ -137,7 +138,7 @@ class Rope(NoPosition):
             )
             for width in rotary_widths
         }
-        self.scale = attention_scale(scaling, factor)
+        self.scale = attention_scale(scaling, factor, attention_factor)
 
     def rotary(self, ctx: SequenceContext) -> dict[int, Rotary]:
         tables = {}

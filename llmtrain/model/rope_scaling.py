@@ -7,7 +7,8 @@ Pair i of a width of 2R turns by w_i = theta^(-i/R) radians a token. A model tra
     ntk     theta s^(R/(R-1)): the fastest pair keeps w, the slowest gets w / s
     yarn    w / s for pairs that turn less than beta_slow times in L0 tokens, w for those that turn
             more than beta_fast times, a ramp over i in between; cosines and sines are scaled by
-            0.1 ln s + 1                                        Peng et al. 2023, arXiv:2309.00071
+            attention_factor, 0.1 ln s + 1 if not given (1 where the mixer scales all scores, as
+            latent attention's yarn_factor does)                Peng et al. 2023, arXiv:2309.00071
     llama3  the same idea with a ramp over the number of turns, from low_freq_factor to
             high_freq_factor, and no scale                      Llama 3.1 model card, 2024
 
@@ -140,11 +141,22 @@ def yarn_ramp(
     return [1 - clamp((i - first) / length) for i in range(pairs)]
 
 
-def attention_scale(scaling: str, factor: float | None) -> float:
-    """What cosines and sines are multiplied by: YaRN's temperature (arXiv:2309.00071, eq. 22)."""
-    if scaling != "yarn" or factor is None or factor <= 1:
+def attention_scale(scaling: str, factor: float | None, given: float | None = None) -> float:
+    """What cosines and sines are multiplied by: YaRN's temperature (arXiv:2309.00071, eq. 22), or
+    the given one. ValueError when one is given that has no effect, or is not positive."""
+    if given is not None and (scaling != "yarn" or given <= 0):
+        raise ValueError(
+            f"position=rope: got attention_factor={given} with scaling={scaling}, expected a "
+            "positive number with scaling=yarn, else null; set position.attention_factor"
+        )
+    if scaling != "yarn" or factor is None:
         return 1.0
-    return 0.1 * math.log(factor) + 1.0
+    return yarn_temperature(factor) if given is None else given
+
+
+def yarn_temperature(factor: float, mscale: float = 1.0) -> float:
+    """0.1 mscale ln factor + 1."""
+    return 0.1 * mscale * math.log(factor) + 1.0
 
 
 def clamp(share: float) -> float:

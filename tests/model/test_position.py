@@ -194,6 +194,19 @@ def test_llama3_defaults_are_the_published_ones():
     assert short.frequencies[64].equal(full.frequencies[64])
 
 
+def test_attention_factor_replaces_the_temperature():
+    yarn = {"scaling": "yarn", "factor": 40.0, "original_max_seq_len": 4096}
+    tables = [
+        Rope(64, max_seq_len=64, rotary_widths=(64,), **yarn, attention_factor=given).rotary(
+            dense()
+        )
+        for given in (None, 1.0)
+    ]
+    temperature = 0.1 * math.log(40.0) + 1.0
+    torch.testing.assert_close(tables[0][64].cos_BTR, temperature * tables[1][64].cos_BTR)
+    assert tables[1][64].cos_BTR[0, 0].eq(1).all()
+
+
 def test_rotation_equals_llama():
     config = LlamaConfig(hidden_size=H * K, num_attention_heads=H, head_dim=K)
     x_BTHK, ctx = noise(B, T, H, K), dense(prefix_tokens=1000)
@@ -287,6 +300,16 @@ def test_compiles_as_one_graph(cls):
         (
             {"scaling": "linear", "factor": 2.0, "beta_fast": 32.0},
             "beta_fast, which scaling=linear ignores, expected only factor; set the others to null",
+        ),
+        ({"attention_factor": 1.0}, "attention_factor=1.0 with scaling=none, expected a positive"),
+        (
+            {
+                "scaling": "yarn",
+                "factor": 2.0,
+                "original_max_seq_len": 64,
+                "attention_factor": 0.0,
+            },
+            "attention_factor=0.0 with scaling=yarn, .* set position.attention_factor",
         ),
         ({"scaling": "linear"}, "factor=None with scaling=linear, expected at least 1; set"),
         ({"scaling": "ntk", "factor": 0.5}, "factor=0.5 with scaling=ntk, expected at least 1"),

@@ -29,6 +29,8 @@ SIZES = {"d_model": D, "n_heads": 4, "n_kv_heads": 2, "head_dim": None, "init_st
 SMALL = {
     "sliding_window": {"window": 5},
     "mamba2": {"head_dim": 8, "d_state": 8, "n_groups": 2, "chunk": 8},
+    "gated_deltanet": {"chunk": 8},
+    "deltanet": {"chunk": 8},
     "mlstm": {"chunk": 8, "input_gate_bias": -1.0, "gate_init_std": 0.3},
 }
 # Further knobs worth the whole suite: name -> (YAML, knobs).
@@ -46,6 +48,19 @@ VARIANTS = {
     "mamba2_norm_before_gate": (
         "mamba2",
         {"head_dim": 8, "d_state": 8, "d_conv": 1, "norm_before_gate": True, "bias": True},
+    ),
+    "gated_deltanet_groups_negative": (
+        "gated_deltanet",
+        {
+            "chunk": 4,
+            "n_heads": 2,
+            "n_v_heads": 4,
+            "head_dim": 4,
+            "expand_k": None,
+            "expand_v": 1.5,
+            "allow_neg_eigval": True,
+            "conv_bias": True,
+        },
     ),
     "mlstm_sigmoid_conv": (
         "mlstm",

@@ -1,0 +1,164 @@
+"""transformers' Mamba-2 as an independent implementation of the model."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.models.mamba2 import modeling_mamba2 as theirs_code
+
+from llmtrain.context import SequenceContext
+from llmtrain.export.mamba2 import mamba2_config, mamba2_weights, to_mamba2
+from llmtrain.generate import generate
+from llmtrain.objectives.causal import Causal
+
+SMALL = (
+    "model.d_model=24",
+    "model.n_layers=3",
+    "model.init_std=0.2",
+    "model.max_seq_len=64",
+    "mixer.d_state=10",
+    "mixer.head_dim=6",
+    "mixer.n_groups=4",
+    "mixer.chunk=8",
+    "mixer.dt_limit=[0.0,.inf]",  # as published
+)
+OPTIONS = {"mixer": "mamba2", "channel": "none", "position": "none"}
+TIED = ("model.tie_embeddings=true", "model.tie_embeddings=false")
+CLOSE = {"atol": 1e-9, "rtol": 1e-9}
+
+
+@pytest.fixture
+def float64_mamba2(monkeypatch):
+    """transformers rounds to float32 inside; in float64 that would set the tolerance."""
+
+    def normalised(x, weight, eps):
+        return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+    def norm(self, hidden_states):
+        return normalised(hidden_states, self.weight, self.variance_epsilon)
+
+    def gated_norm(self, hidden_states, gate):
+        gated = (hidden_states * F.silu(gate)).unflatten(-1, (-1, self.group_size))
+        return self.weight * normalised(gated, 1.0, self.variance_epsilon).flatten(-2)
+
+    monkeypatch.setattr(theirs_code.Mamba2RMSNorm, "forward", norm)
+    monkeypatch.setattr(theirs_code.MambaRMSNormGated, "forward", gated_norm)
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
+
+
+def random_tokens(rows=3, length=21, vocab=50):
+    return torch.randint(vocab, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def shuffle(model):
+    """Gains of one, skips of one and biases of zero would hide a part in the wrong place."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tied", TIED)
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_logits_loss_and_gradients(build_model, float64_mamba2, tied, bias, backend):
+    biases = (f"mixer.bias={bias}", f"mixer.conv_bias={not bias}", f"mixer.backend={backend}")
+    model = shuffle(build_model(*SMALL, tied, *biases, **OPTIONS))
+    mamba2 = to_mamba2(model)
+    tokens = random_tokens()
+    ctx = SequenceContext.dense(*tokens.shape)
+    theirs = mamba2(tokens).logits
+    assert theirs.dtype == torch.float64
+    torch.testing.assert_close(model.logits(model(tokens, ctx).hidden_BTD), theirs, **CLOSE)
+
+    targets = tokens.roll(-1, dims=1)
+    weights = torch.ones(tokens.shape, dtype=torch.float64)
+    weights[:, -1] = 0
+    out = Causal()(model, tokens, targets, weights, ctx)
+    loss = out.loss_sum / out.weight_sum
+    their_loss = F.cross_entropy(theirs[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(loss, their_loss, **CLOSE)
+    torch.testing.assert_close(loss, mamba2(tokens, labels=tokens).loss, **CLOSE)
+
+    loss.backward()
+    their_loss.backward()
+    gradients = copy.deepcopy(model)
+    for parameter, ours in zip(gradients.parameters(), model.parameters(), strict=True):
+        parameter.data = ours.grad
+    ours, expected = mamba2_weights(gradients), dict(mamba2.named_parameters())
+    assert sorted(ours) == sorted(expected)
+    for name, gradient in ours.items():
+        assert gradient.abs().max() > 1e-6, name
+        torch.testing.assert_close(gradient, expected[name].grad, **CLOSE)
+
+
+@pytest.mark.parametrize("tied", TIED)
+def test_greedy_generation_token_for_token(build_model, tied):
+    model = shuffle(build_model(*SMALL, tied, dtype=torch.float32, **OPTIONS))
+    mamba2 = to_mamba2(model)
+    prompts = [random_tokens(1, n)[0].tolist() for n in (1, 7, 3, 7)]
+    ours = generate(model, prompts, max_new_tokens=20)
+    for prompt, new in zip(prompts, ours, strict=True):
+        theirs = mamba2.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=20,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert new == theirs[0, len(prompt) :].tolist()
+    assert len({tuple(new) for new in ours}) > 1
+
+
+def test_float32_and_saved_files(build_model, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = shuffle(build_model(*SMALL, TIED[0], dtype=torch.float32, **OPTIONS))
+    to_mamba2(model).save_pretrained(tmp_path)
+    mamba2 = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokens = random_tokens()
+    logits = model.logits(model(tokens, SequenceContext.dense(*tokens.shape)).hidden_BTD)
+    torch.testing.assert_close(logits, mamba2(tokens).logits, atol=2e-5, rtol=1e-4)
+
+
+def test_configuration(build_model):
+    """Every size under its own name: no two of them are equal here."""
+    config = mamba2_config(build_model(*SMALL, TIED[0], **OPTIONS))
+    assert (config.hidden_size, config.expand, config.num_heads, config.head_dim) == (24, 2, 8, 6)
+    assert (config.state_size, config.n_groups, config.conv_kernel) == (10, 4, 4)
+    assert (config.num_hidden_layers, config.vocab_size, config.chunk_size) == (3, 50, 8)
+    assert config.tie_word_embeddings
+    assert not config.use_bias
+    assert config.use_conv_bias
+    assert tuple(config.time_step_limit) == (0.0, float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "message"),
+    [
+        ([], {"channel": "swiglu"}, "layer 0, channel: got SwiGLU, .*expected none; train"),
+        ([], {"position": "learned"}, "position: got Learned, .*expected position=none"),
+        ([], {"norm": "layernorm"}, "norm1: got LayerNorm, .*expected norm=rmsnorm"),
+        (["mixer.norm_groups=1"], {}, "got norm_groups=1, .*expected mixer.norm_groups=null"),
+        (["mixer.norm_before_gate=true"], {}, "got norm_before_gate=true, .*_gate=false"),
+        (["mixer.norm_eps=0.1"], {}, "got norm_eps=0.1, .*last norm's 1e-05 everywhere"),
+        (["embedding.scale=2.0"], {}, "embedding: got scale=2.0"),
+        (
+            ["mixers.b.head_dim=12", "mixers.b.d_state=10", "stack.pattern=[a,b,a]"],
+            {"mixers": {"b": "mamba2"}},
+            "stack: got layers that differ, .*expected one shape and one dt_limit",
+        ),
+        (
+            ["stack.pattern=[a,b,a]"],
+            {"mixers": {"b": "mha"}},
+            "layer 1, mixer: got Attention, .*expected mamba2",
+        ),
+    ],
+)
+def test_parts_without_counterpart(build_model, changes, options, message):
+    model = build_model(*SMALL, *changes, **{**OPTIONS, **options})
+    with pytest.raises(ValueError, match=f"export to Mamba2: .*{message}"):
+        to_mamba2(model)

@@ -20,7 +20,7 @@ import torch
 from llmtrain.model.language_model import LanguageModel
 from llmtrain.model.linear import Linear
 
-PARTS = ("embedding", "position", "mixer", "channel", "norm", "head", "mtp")
+PARTS = ("embedding", "position", "mixer", "channel", "norm", "head", "stack", "mtp")
 FP32_BYTES = 4
 
 # Dense bf16 tensor-core peak in FLOP/s with float32 accumulation, from NVIDIA's data sheets and
@@ -53,10 +53,14 @@ def parameters_by_part(model: LanguageModel) -> dict[str, int]:
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter belongs to: "stack.blocks.3.norm1.weight" -> "norm"."""
+    """The part that a parameter belongs to: "stack.blocks.3.norm1.weight" -> "norm". "stack": what
+    joins the blocks, such as the adapter of recurrent depth."""
     top, *rest = name.split(".")
-    part = rest[2] if top == "stack" else top
-    return part.rstrip("12")
+    if top != "stack":
+        return top
+    part = rest[2] if rest[0] == "blocks" else rest[0]
+    part = re.sub(r"[12](_out)?$", "", part)
+    return part if part in PARTS else "stack"
 
 
 def flops_per_token(model: LanguageModel, tokens: int) -> float:
@@ -67,8 +71,11 @@ def flops_per_token(model: LanguageModel, tokens: int) -> float:
 
 def train_flops_per_token(model: LanguageModel, tokens: int) -> float:
     """Forward and backward FLOPs per token in rows of that many tokens, with multi-token
-    prediction."""
-    return 3.0 * (flops_per_token(model, tokens) + model.mtp_flops_per_token(tokens))
+    prediction. Iterations of a recurrent depth that are not differentiated have no backward pass;
+    their number is the mean over the training."""
+    rest = flops_per_token(model, tokens) - model.stack.flops_per_token(tokens)
+    rest += model.mtp_flops_per_token(tokens)
+    return 3.0 * rest + model.stack.train_flops_per_token(tokens)
 
 
 def state_bytes(model: LanguageModel, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
@@ -169,7 +176,7 @@ def activation_bytes(model: LanguageModel, tokens: int, activation_checkpointing
     """
     size = model.compute_dtype.itemsize
     per_application = []
-    for block in [*model.stack.applications, *(model.mtp or ())]:
+    for block in [*model.stack.differentiated, *(model.mtp or ())]:
         linears = [m for m in block.modules() if isinstance(m, Linear)]
         values = sum(m.in_features + m.out_features for m in linears) * tokens
         weights = sum(m.weight.numel() for m in linears) if size < FP32_BYTES else 0

@@ -22,6 +22,8 @@ from llmtrain.model.block import Block
 from llmtrain.model.init import initialise
 from llmtrain.model.language_model import LanguageModel
 from llmtrain.model.multi_token import MultiTokenModule
+from llmtrain.model.shared_attention import SharedBlock
+from llmtrain.model.stack import Stack
 
 # A configuration may come with a downloaded checkpoint, so `_target_` can only name our own parts.
 ALLOWED = ("llmtrain.", "llmtrain_data.")
@@ -30,6 +32,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BLOCK_KNOBS = {
     "pattern": str | list[str],
     "channel_pattern": str | list[str],
+    "shared": str | None,
     "norm_position": str,
 }
 # Groups mounted at letters, and the knob of the stack with their letters.
@@ -172,34 +175,14 @@ def build_model(
     sizes = config["model"]
     d_model, n_layers = sizes["d_model"], sizes["n_layers"]
     rows = padded_vocab_size(config, vocab_size)
-    mixers, channels = mounted(config), mounted(config, "channel")
-
-    def norm() -> torch.nn.Module:
-        return part(config["norm"], label(config, "norm"), d_model)
-
-    # A repeated core adds to the residual stream once per application, and the first weights of
-    # output projections are scaled by the number of those additions.
-    stack = config["stack"]
-    core = n_layers - stack["prelude"] - stack["coda"]
-    applications = n_layers + (stack["repeats"] - 1) * core
-
-    def block(layer_idx: int, mixer: str, channel: str) -> Block:
-        facts = {"layer_idx": layer_idx, "n_layers": applications}
-        return Block(
-            part(*mixers[mixer], d_model, **facts),
-            part(*channels[channel], d_model, **facts),
-            norm(),
-            norm(),
-            norm_position=config["stack"]["norm_position"],
-        )
-
+    norm = norm_maker(config)
     with torch.device("meta" if torch.device(device).type == "meta" else "cpu"):
-        letters = list(zip(layer_letters(config), layer_letters(config, "channel")))
-        blocks = [block(i, *pair) for i, pair in enumerate(letters)]
+        layers = build_layers(config)
+        letters = layer_letters(config)[-1], layer_letters(config, "channel")[-1]
         mtp = [
             MultiTokenModule(
                 d_model,
-                block=block(n_layers + i, *letters[-1]),
+                block=build_block(config, n_layers + i, *letters),
                 norms=(norm(), norm(), norm()),
                 init_std=sizes["init_std"],
             )
@@ -214,9 +197,9 @@ def build_model(
                 label(config, "position"),
                 d_model,
                 max_seq_len=sizes["max_seq_len"],
-                rotary_widths=rotary_widths(blocks),
+                rotary_widths=rotary_widths(layers),
             ),
-            stack=part(stack_node(config), label(config, "stack"), blocks),
+            stack=build_stack(config, layers),
             norm=norm(),
             vocab_size=vocab_size,
             padded_vocab_size=rows,
@@ -229,13 +212,104 @@ def build_model(
     return model.to(device)
 
 
+def norm_maker(config: dict, width: int | None = None) -> Callable[[], torch.nn.Module]:
+    """What makes a norm over model.d_model, or over another width."""
+    width = config["model"]["d_model"] if width is None else width
+    return lambda: part(config["norm"], label(config, "norm"), width)
+
+
+def build_layers(config: dict) -> list[Block | SharedBlock]:
+    """The block of every layer: one of its own, or one for all layers of a shared letter."""
+    shared = shared_letters(config)
+    made: dict[str, Block | SharedBlock] = {}
+    layers = []
+    pairs = zip(layer_letters(config), layer_letters(config, "channel"))
+    for i, (mixer, channel) in enumerate(pairs):
+        block = made.get(mixer)
+        if block is None:
+            block = build_block(config, i, mixer, channel)
+        if mixer in shared:
+            made[mixer] = block
+        layers.append(block)
+    return layers
+
+
+def build_block(config: dict, layer_idx: int, mixer: str, channel: str) -> Block | SharedBlock:
+    """The block of a layer with these letters."""
+    d_model, n_layers = config["model"]["d_model"], config["model"]["n_layers"]
+    stack = config["stack"]
+    # A repeated core adds to the residual stream once per application, and the first weights of
+    # output projections are scaled by the number of those additions.
+    core = n_layers - stack.get("prelude", 0) - stack.get("coda", 0)
+    facts = {
+        "layer_idx": layer_idx,
+        "n_layers": n_layers + (stack.get("repeats", 1) - 1) * core,
+    }
+    (mixer_node, mixer_name), (channel_node, channel_name) = (
+        mounted(config)[mixer],
+        mounted(config, "channel")[channel],
+    )
+    channel_part = part(channel_node, channel_name, d_model, **facts)
+    branch = target(stack, label(config, "stack")).shares_a_branch
+    if not branch or mixer not in shared_letters(config):
+        return Block(
+            part(mixer_node, mixer_name, d_model, **facts),
+            channel_part,
+            norm_maker(config),
+            norm_position=stack["norm_position"],
+        )
+    if mixer_node.get("d_input", 0) is not None:
+        raise ValueError(
+            f"{mixer_name}: mounted at the letter that {label(config, 'stack')} shares, where it "
+            f"reads 2 * model.d_model = {2 * d_model} channels, expected a mixer with the knob "
+            "d_input left at null, such as attention; choose another option or letter"
+        )
+    return SharedBlock(
+        part({**mixer_node, "d_input": 2 * d_model}, mixer_name, d_model, **facts),
+        channel_part,
+        norm_maker(config, 2 * d_model)(),
+        norm_maker(config),
+    )
+
+
+def shared_letters(config: dict) -> set[str]:
+    """The mixer letters whose layers share a block. ValueError when that makes no sense."""
+    shared = config["stack"]["shared"] or ""
+    mixers, channels = layer_letters(config), layer_letters(config, "channel")
+    least = 1 if target(config["stack"], label(config, "stack")).shares_a_branch else 2
+    for letter in shared:
+        found = {channel for mixer, channel in zip(mixers, channels) if mixer == letter}
+        if mixers.count(letter) < least:
+            raise ValueError(
+                f"stack.shared: letter {letter!r} stands {mixers.count(letter)} times in "
+                f"stack.pattern={config['stack']['pattern']} over model.n_layers={len(mixers)}, "
+                f"expected at least {least} layers to share the block; change either"
+            )
+        if len(found) > 1:
+            raise ValueError(
+                f"stack.shared: the layers of letter {letter!r} have the channels "
+                f"{', '.join(sorted(found))}, expected one for the block that they share; "
+                "change stack.channel_pattern"
+            )
+    return set(shared)
+
+
+def build_stack(config: dict, layers: list[Block | SharedBlock]) -> Stack:
+    """The stack of these layers; it gets those facts that its constructor asks for."""
+    node, name = stack_node(config), label(config, "stack")
+    facts = {"d_model": config["model"]["d_model"], "norm": norm_maker(config)}
+    asked = inspect.signature(target(node, name)).parameters
+    given = {key: value for key, value in facts.items() if key in asked}
+    return part(node, name, layers, **given)
+
+
 def multi_token_depth(config: dict) -> int:
     """How many modules of multi-token prediction the objective trains; they are like the last
     layer."""
     return config["objective"].get("depth", 0)
 
 
-def rotary_widths(blocks: list[Block]) -> tuple[int, ...]:
+def rotary_widths(blocks: list[Block | SharedBlock]) -> tuple[int, ...]:
     """The head widths that rotary angles are made for: those of the mixers that use them."""
     modules = [module for block in blocks for module in block.modules()]
     mixers = [module for module in modules if isinstance(module, Mixer)]

@@ -41,6 +41,8 @@ class SequenceContext:
         0 for a fresh sequence.
     rotary: width of a rotated head part -> its angles, for every rotary_width among the model's
         mixers; set by the position module when it is rotary, else None.
+    repeats, noise_seed: what a stack of recurrent depth drew for this micro-batch in training: its
+        number of iterations (host int) and the seed of its first latents (int64 []); else None.
     """
 
     positions_BT: Tensor
@@ -49,6 +51,8 @@ class SequenceContext:
     max_seqlen: int
     prefix_tokens: int = 0
     rotary: dict[int, Rotary] | None = None
+    repeats: int | None = None
+    noise_seed: Tensor | None = None
 
     @classmethod
     def dense(

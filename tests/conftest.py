@@ -1,5 +1,6 @@
 """Models for tests: real ones from the shipped YAML files, and one around a mixer of its own."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,15 +69,19 @@ class Leaky(Mixer):
 @pytest.fixture
 def model_config():
     """model_config("model.d_model=32", channel="gelu", mixers={"b": "mqa"}): the model's groups of
-    a configuration, with options by keyword and changes as dotted keys."""
+    a configuration, with options by keyword and changes as dotted keys. What a stack's file mounts
+    has to be given."""
 
-    def make(*changes, mixers=None, **options):
+    def make(*changes, mixers=None, channels=None, **options):
         chosen = {**OPTIONS, **options}
         nodes = {g: OmegaConf.load(CONFIGS / g / f"{o}.yaml") for g, o in chosen.items()}
-        mounted = {
-            k: OmegaConf.load(CONFIGS / "mixer" / f"{o}.yaml") for k, o in (mixers or {}).items()
-        }
-        config = OmegaConf.create({"seed": 0, "mixers": mounted, **nodes})
+        nodes["stack"].pop("defaults", None)
+        for group, letters in (("mixer", mixers), ("channel", channels)):
+            nodes[f"{group}s"] = {
+                letter: OmegaConf.load(CONFIGS / group / f"{option}.yaml")
+                for letter, option in (letters or {}).items()
+            }
+        config = OmegaConf.create({"seed": 0, **nodes})
         config.merge_with_dotlist(list(changes))
         return {**OmegaConf.to_container(config, resolve=True), "choices": chosen}
 
@@ -108,9 +113,9 @@ def make_blocks():
                 if activation_l1 is None
                 else Relu2(d_model, hidden=24, init_std=0.1, activation_l1=activation_l1, **facts)
             )
-            norms = RMSNorm(d_model), RMSNorm(d_model)
             mixer = Leaky(d_model, **facts)
-            blocks.append(Block(mixer, channel, *norms, norm_position=norm_position))
+            norm = partial(RMSNorm, d_model)
+            blocks.append(Block(mixer, channel, norm, norm_position=norm_position))
         return blocks
 
     return make
@@ -120,11 +125,11 @@ def make_blocks():
 def make_model(make_blocks):
     """make_model(): a float64 model of leaky blocks, 19 tokens in 24 rows."""
 
-    def make(n=3, *, tied=True, dtype=torch.float64, seed=0, stack=None, **blocks):
+    def make(n=3, *, tied=True, dtype=torch.float64, seed=0, stack=Stack, **blocks):
         model = LanguageModel(
             embedding=Embedding(16, vocab_size=24, tied=tied, init_std=0.2),
             position=NoPosition(16, max_seq_len=64, rotary_widths=()),
-            stack=Stack(make_blocks(n, **blocks), **(stack or {})),
+            stack=stack(make_blocks(n, **blocks)),
             norm=RMSNorm(16),
             vocab_size=19,
             padded_vocab_size=24,

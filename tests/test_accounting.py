@@ -26,6 +26,9 @@ SMALL = (
 )
 
 
+RECURRENT = ("stack.sampling=fixed", "stack.repeats=5", "stack.backprop_repeats=null")
+
+
 def test_published_size_of_llama3_8b(build_model):
     model = build_model(model="llama3_8b", vocab_size=128256, device="meta")
     counts = parameters_by_part(model)
@@ -40,8 +43,14 @@ def test_published_size_of_llama3_8b(build_model):
     [
         ({}, ()),
         ({"position": "learned", "norm": "layernorm", "channel": "gelu"}, ()),
-        ({}, ("model.tie_embeddings=false", "mixer.qk_norm=true", "stack.repeats=2")),
+        ({"stack": "recurrent_depth"}, ("model.tie_embeddings=false", "mixer.qk_norm=true")),
         ({}, ("stack.norm_position=post",)),
+        ({}, ("stack.norm_position=sandwich",)),
+        ({}, ("stack.shared=a",)),
+        (
+            {"stack": "shared_attention", "mixers": {"b": "mha"}, "channel": "none"},
+            ("stack.pattern=aba",),
+        ),
     ],
 )
 def test_parts_add_to_all_parameters(build_model, options, changes):
@@ -53,13 +62,19 @@ def test_parts_add_to_all_parameters(build_model, options, changes):
     assert (counts["position"] > 0) == (options.get("position") == "learned")
     mixers = {id(p): p for b in model.stack.blocks for p in b.mixer.parameters()}
     assert counts["mixer"] == sum(p.numel() for p in mixers.values())
+    assert (counts["stack"] > 0) == (options.get("stack") is not None)
 
 
 @pytest.mark.parametrize(
     ("options", "changes"),
     [
         ({}, ()),
-        ({"channel": "relu2"}, ("model.tie_embeddings=false", "stack.repeats=2")),
+        ({"channel": "relu2", "stack": "recurrent_depth"}, RECURRENT),
+        ({"stack": "recurrent_depth"}, (*RECURRENT, "stack.backprop_repeats=2")),
+        (
+            {"stack": "shared_attention", "mixers": {"b": "mha"}},
+            ("stack.pattern=aba", "mixers.b.backend=reference"),
+        ),
         ({}, ("mixer.window=8",)),
     ],
 )

@@ -38,9 +38,9 @@ def full_forward(model, prompt, count):
     [
         ((), {}),
         (("mixers.b.window=4", "stack.pattern=ab"), {"mixers": {"b": "sliding_window"}}),
-        (("stack.repeats=2",), {"position": "learned"}),
+        (("stack.coda=0",), {"position": "learned", "stack": "recurrent_depth"}),
     ],
-    ids=["gqa", "hybrid", "looped"],
+    ids=["gqa", "hybrid", "recurrent_depth"],
 )
 def test_greedy_equals_the_full_forward(build_model, changes, options, batch):
     model = build_model(*SMALL, *changes, **options)

@@ -20,6 +20,7 @@ from llmtrain.mixers.attention import Attention
 from llmtrain.model.language_model import LanguageModel
 from llmtrain.model.norm import RMSNorm
 from llmtrain.model.position import Rope
+from llmtrain.model.stack import Stack
 
 Theirs = TypeVar("Theirs", bound=PreTrainedModel)
 # Attention's knobs at the values that plain softmax attention has.
@@ -45,10 +46,12 @@ class Family:
         scale, stack = model.embedding.scale, model.stack
         self.require(scale in (None, 1), "embedding", f"scale={scale}", "embedding.scale=null")
         for block in stack.blocks:
-            got = f"norm_position={block.norm_position}"
-            self.require(block.norm_position == "pre", "stack", got, "norm_position=pre")
-        once = len(stack.order) == len(stack.blocks)
-        self.require(once, "stack", "a repeated core", "stack.repeats=1")
+            place = getattr(block, "norm_position", "of a shared block")
+            self.require(place == "pre", "stack", f"norm_position={place}", "norm_position=pre")
+        once = type(stack) is Stack and len(stack.order) == len(stack.blocks)
+        self.require(
+            once, "stack", "blocks applied more than once", "stack=decoder, stack.shared=null"
+        )
 
     def check_types(
         self, model: LanguageModel, mixers: Mapping[type, str], channels: Mapping[type, str]

@@ -1,12 +1,20 @@
-"""One layer: a sequence mixer and a channel mixer, each with a norm, on the residual stream.
+"""One layer: a sequence mixer and a channel mixer, each with its norms, on the residual stream.
 
-pre:  x = x + mixer(norm1(x));  x = x + channel(norm2(x))     (the stack's output needs a last norm)
-post: x = norm1(x + mixer(x));  x = norm2(x + channel(x))     (Vaswani et al. 2017, section 3.1)
+f stands for the mixer and then for the channel, n for norm1 and norm2, m for norm1_out, norm2_out:
 
-With channel=none the second half is missing, its norm too, as in Mamba (arXiv:2312.00752).
+    pre:       x = x + f(n(x))
+    post:      x = n(x + f(x))          Vaswani et al. 2017 (arXiv:1706.03762), section 3.1
+    peri:      x = x + m(f(n(x)))       Kim et al. 2025 (arXiv:2502.02732); Gemma 2 has it
+    sandwich:  x = m(x + f(n(x)))       Geiping et al. 2025 (arXiv:2502.05171), section 3.2
+
+After pre and peri the stack's output needs a last norm. ("Sandwich" is also said of peri; here it
+is what the paper on recurrent depth means by it.) With channel=none the second half is missing, its
+norms too, as in Mamba (arXiv:2312.00752).
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +24,20 @@ from llmtrain.channels.none import NoChannel
 from llmtrain.context import SequenceContext
 from llmtrain.mixers.base import Mixer, State
 
-NORM_POSITIONS = ("pre", "post")
+NORM_POSITIONS = ("pre", "post", "peri", "sandwich")
 
 
 class Block(nn.Module):
-    """x_BTD -> x_BTD. The state and the auxiliary scalars are those of its mixer and channel."""
+    """x_BTD -> x_BTD. The state and the auxiliary scalars are those of its mixer and channel.
+
+    norm: makes a norm over D; called once for each that norm_position has.
+    """
 
     def __init__(
         self,
         mixer: Mixer,
         channel: Channel,
-        norm1: nn.Module,
-        norm2: nn.Module,
+        norm: Callable[[], nn.Module],
         *,
         norm_position: str = "pre",
     ):
@@ -38,44 +48,56 @@ class Block(nn.Module):
                 f"{', '.join(NORM_POSITIONS)}; set stack.norm_position"
             )
         self.norm_position = norm_position
-        self.norm1, self.mixer = norm1, mixer
-        self.channel = channel
-        self.norm2 = None if isinstance(channel, NoChannel) else norm2
+        second, twice = not isinstance(channel, NoChannel), norm_position in ("peri", "sandwich")
+        self.norm1, self.mixer = norm(), mixer
+        self.norm1_out = norm() if twice else None
+        self.norm2, self.channel = norm() if second else None, channel
+        self.norm2_out = norm() if second and twice else None
+
+    @property
+    def normalises_output(self) -> bool:
+        """True when the block ends in a norm, so that the model needs no other after it."""
+        return self.norm_position in ("post", "sandwich")
 
     def forward(
-        self, x_BTD: Tensor, ctx: SequenceContext, state: State | None = None
+        self,
+        x_BTD: Tensor,
+        ctx: SequenceContext,
+        state: State | None = None,
+        extra_BTD: Tensor | None = None,
     ) -> tuple[Tensor, State | None, Aux]:
-        if self.norm_position == "pre":
-            y_BTD, state = self.mixer(self.norm1(x_BTD), ctx, state)
-            x_BTD = x_BTD + y_BTD
-            if self.norm2 is None:
-                return x_BTD, state, {}
-            y_BTD, aux = self.channel(self.norm2(x_BTD), ctx)
-            return x_BTD + y_BTD, state, aux
-        y_BTD, state = self.mixer(x_BTD, ctx, state)
-        x_BTD = self.norm1(x_BTD + y_BTD)
+        """extra_BTD: added to what the mixer reads, and not to the residual stream."""
+        read_BTD = x_BTD if extra_BTD is None else x_BTD + extra_BTD
+        y_BTD, state = self.mixer(self.enter(read_BTD, self.norm1), ctx, state)
+        x_BTD = self.leave(x_BTD, y_BTD, self.norm1, self.norm1_out)
         if self.norm2 is None:
             return x_BTD, state, {}
-        y_BTD, aux = self.channel(x_BTD, ctx)
-        return self.norm2(x_BTD + y_BTD), state, aux
+        y_BTD, aux = self.channel(self.enter(x_BTD, self.norm2), ctx)
+        return self.leave(x_BTD, y_BTD, self.norm2, self.norm2_out), state, aux
 
-    def step(self, x_BD: Tensor, ctx: SequenceContext, state: State) -> tuple[Tensor, State]:
+    def step(
+        self, x_BD: Tensor, ctx: SequenceContext, state: State, extra_BD: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         """One token a row; ctx.positions_BT is [B, 1]."""
-        if self.norm_position == "pre":
-            y_BD, state = self.mixer.step(self.norm1(x_BD), ctx, state)
-            x_BD = x_BD + y_BD
-            if self.norm2 is None:
-                return x_BD, state
-            return x_BD + self.token_channel(self.norm2(x_BD), ctx), state
-        y_BD, state = self.mixer.step(x_BD, ctx, state)
-        x_BD = self.norm1(x_BD + y_BD)
+        read_BD = x_BD if extra_BD is None else x_BD + extra_BD
+        y_BD, state = self.mixer.step(self.enter(read_BD, self.norm1), ctx, state)
+        x_BD = self.leave(x_BD, y_BD, self.norm1, self.norm1_out)
         if self.norm2 is None:
             return x_BD, state
-        return self.norm2(x_BD + self.token_channel(x_BD, ctx)), state
+        y_B1D, _ = self.channel(self.enter(x_BD, self.norm2)[:, None], ctx)
+        return self.leave(x_BD, y_B1D[:, 0], self.norm2, self.norm2_out), state
 
-    def token_channel(self, x_BD: Tensor, ctx: SequenceContext) -> Tensor:
-        y_B1D, _ = self.channel(x_BD[:, None], ctx)
-        return y_B1D[:, 0]
+    def enter(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """What a mixer or channel reads of the residual stream."""
+        return x if self.norm_position == "post" else norm(x)
+
+    def leave(self, x: Tensor, y: Tensor, norm: nn.Module, norm_out: nn.Module | None) -> Tensor:
+        """The residual stream with its output added."""
+        if self.norm_position == "pre":
+            return x + y
+        if self.norm_position == "post":
+            return norm(x + y)
+        return x + norm_out(y) if self.norm_position == "peri" else norm_out(x + y)
 
     def init_state(
         self, batch: int, *, max_tokens: int, device: torch.device | str, dtype: torch.dtype

@@ -47,7 +47,7 @@ class MultiTokenModule(nn.Module):
         self.norm_hidden, self.norm_embedding, norm = norms
         self.project = Linear(2 * d_model, d_model, init_std=init_std)
         self.block = block
-        self.norm = nn.Identity() if block.norm_position == "post" else norm
+        self.norm = nn.Identity() if block.normalises_output else norm
 
     def forward(
         self,

@@ -1,13 +1,13 @@
-"""The blocks of a model and the order in which they are applied.
+"""The layers of a model, one after another: x -> layer -> ... -> layer -> x.
 
-    prelude blocks -> core blocks, `repeats` times -> coda blocks
-
-A plain model is repeats = 1. A looped core (Dehghani et al. 2018, arXiv:1807.03819; Geiping et al.
-2025, arXiv:2502.05171) shares its parameters between its applications; each application has a
-state of its own.
+A layer is an application of a block. Several layers may be applications of one block, which then
+shares its parameters between them; each application has a state of its own. Stacks that join their
+layers otherwise (model/recurrent_depth.py, model/shared_attention.py) override `run`.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,90 +20,89 @@ from llmtrain.model.block import Block
 
 
 class Stack(nn.Module):
-    """x_BTD -> x_BTD through every application of a block.
+    """x_BTD -> x_BTD through every layer.
 
-    blocks: in order; the first `prelude` and the last `coda` are applied once, those between them
-    `repeats` times. activation_checkpointing: "none", or "full" to keep only the inputs of blocks
-    and recompute the rest in the backward pass; an attribute, since only training sets it.
+    layers: the block of each layer, the same object where layers share it. blocks: each block once.
+    activation_checkpointing: "none", or "full" to keep only the inputs of blocks and recompute the
+    rest in the backward pass; an attribute, since only training sets it.
     """
 
-    def __init__(self, blocks: list[Block], *, prelude: int = 0, coda: int = 0, repeats: int = 1):
+    # Shared blocks read [x; the stack's input], and their output is only read by the next layer.
+    shares_a_branch: ClassVar[bool] = False
+
+    def __init__(self, layers: list[Block]):
         super().__init__()
-        core = len(blocks) - prelude - coda
-        if min(prelude, coda) < 0 or repeats < 1:
-            raise ValueError(
-                f"stack: got prelude={prelude}, coda={coda}, repeats={repeats}, expected prelude "
-                "and coda >= 0 and repeats >= 1; set stack.prelude, stack.coda, stack.repeats"
-            )
-        if repeats == 1 and (prelude or coda):
-            raise ValueError(
-                f"stack: got prelude={prelude} and coda={coda} with repeats=1, where they have no "
-                "effect, expected both 0; set them to 0, or set stack.repeats"
-            )
-        if core < 1:
-            raise ValueError(
-                f"stack: prelude={prelude} and coda={coda} leave {core} of {len(blocks)} blocks to "
-                "the repeated core, expected at least 1; lower them, or raise model.n_layers"
-            )
+        blocks = list(dict.fromkeys(layers))
         self.blocks = nn.ModuleList(blocks)
+        self.order = tuple(blocks.index(block) for block in layers)
         self.activation_checkpointing = "none"
-        first, last = prelude, prelude + core
-        self.order = (
-            *range(first),
-            *[i for _ in range(repeats) for i in range(first, last)],
-            *range(last, len(blocks)),
-        )
+
+    @property
+    def layers(self) -> list[Block]:
+        """The block of every layer."""
+        return [self.blocks[i] for i in self.order]
 
     @property
     def applications(self) -> list[Block]:
-        """The block of every application, in order; longer than `blocks` with a looped core."""
-        return [self.blocks[i] for i in self.order]
+        """The block of every application, in order: as many as there are states."""
+        return self.layers
+
+    @property
+    def differentiated(self) -> list[nn.Module]:
+        """The modules whose activations a training step keeps, once for each application."""
+        return list(self.applications)
 
     @property
     def normalises_output(self) -> bool:
         """True when the last block ends in a norm, so that the model needs no other."""
-        return self.blocks[-1].norm_position == "post"
+        return self.layers[-1].normalises_output
+
+    @property
+    def draws_depth(self) -> bool:
+        """True when the number of applications differs between micro-batches in training."""
+        return False
+
+    def drawn(
+        self, ctx: SequenceContext, *, seed: int, step: int, micro: int, rank: int
+    ) -> SequenceContext:
+        """The context of a micro-batch in training, with what the stack draws at random for it."""
+        return ctx
+
+    def set_depth(self, *, repeats: int | None = None, exit_threshold: float | None = None) -> Self:
+        """Set the iterations at test time. ValueError for a stack that repeats nothing."""
+        for name, value in (("repeats", repeats), ("exit_threshold", exit_threshold)):
+            if value is not None:
+                raise ValueError(
+                    f"{name}: got {value}, but the layers of this model are applied once, expected "
+                    f"null; set {name}=null, or take a model trained with stack=recurrent_depth"
+                )
+        return self
 
     def forward(
         self, x_BTD: Tensor, ctx: SequenceContext, states: list[State] | None = None
     ) -> tuple[Tensor, list[State] | None, Aux]:
-        """states: one per application, or None. Aux: "loss/<name>" is summed over applications,
-        "metric/<name>" becomes "metric/l<application>/<name>", and "sum/<name>" becomes
-        "sum/l<application>/<name>", added over a block's applications under its first one's."""
-        recompute = self.activation_checkpointing == "full" and torch.is_grad_enabled()
-        new_states: list[State] = []
-        merged: Aux = {}
-        for i, block in enumerate(self.applications):
-            state = None if states is None else states[i]
-            if recompute:
-                x_BTD, state, aux = checkpoint(
-                    block,
-                    x_BTD,
-                    ctx,
-                    state,
-                    use_reentrant=False,
-                    preserve_rng_state=block.channel.stochastic,
-                )
-            else:
-                x_BTD, state, aux = block(x_BTD, ctx, state)
-            new_states.append(state)
-            for key, value in aux.items():
-                kind, name = key.split("/", 1)
-                if kind != "loss":
-                    place = i if kind == "metric" else self.order.index(self.order[i])
-                    key = f"{kind}/l{place:02d}/{name}"
-                merged[key] = merged[key] + value if key in merged else value
-        return x_BTD, None if states is None else new_states, merged
+        """states: one per application, or None.
+
+        Aux: "loss/<name>" is summed over the applications that are differentiated; "metric/<name>"
+        becomes "metric/l<i>/<name>", the mean over applications of blocks[i]; any other kind
+        "<kind>/<name>" becomes "<kind>/l<i>/<name>", the sum over them.
+        """
+        walk = Walk(self, states)
+        x_BTD = self.run(x_BTD, ctx, walk)
+        return x_BTD, None if states is None else walk.states, walk.aux()
 
     def step(
         self, x_BD: Tensor, ctx: SequenceContext, states: list[State]
     ) -> tuple[Tensor, list[State]]:
         """One token a row; ctx.positions_BT is [B, 1]."""
-        new_states = []
-        for block, state in zip(self.applications, states, strict=True):
-            x_BD, new_state = block.step(x_BD, ctx, state)
-            new_states.append(new_state)
-        return x_BD, new_states
+        walk = Walk(self, states, step=True)
+        return self.run(x_BD, ctx, walk), walk.states
+
+    def run(self, x: Tensor, ctx: SequenceContext, walk: Walk) -> Tensor:
+        """x_BTD, or x_BD in a step, through all layers; walk applies the blocks."""
+        for i in self.order:
+            x = walk(i, x, ctx)
+        return x
 
     def init_state(
         self, batch: int, *, max_tokens: int, device: torch.device | str, dtype: torch.dtype
@@ -117,6 +116,67 @@ class Stack(nn.Module):
         """Forward FLOPs per token in a row of that many tokens, over all applications."""
         return sum(block.flops_per_token(tokens) for block in self.applications)
 
+    def train_flops_per_token(self, tokens: int) -> float:
+        """Forward and backward FLOPs per token; a backward pass is two forward passes."""
+        return 3.0 * self.flops_per_token(tokens)
+
     def state_bytes(self, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes of one row's state after that many tokens, over all applications."""
         return sum(block.state_bytes(tokens, dtype) for block in self.applications)
+
+
+class Walk:
+    """One pass through a stack: applies its blocks, each with the state whose turn it is, and
+    gathers the new states and what the blocks hand up."""
+
+    def __init__(self, stack: Stack, given: list[State] | None, *, step: bool = False):
+        self.blocks, self.given, self.step = stack.blocks, given, step
+        self.recompute = stack.activation_checkpointing == "full"
+        self.takes_losses = True  # what a stack does not differentiate sets it to False
+        self.states: list[State] = []
+        self.losses: Aux = {}
+        self.sums: Aux = {}
+        self.counts: dict[str, int] = {}
+
+    def __call__(self, i: int, x: Tensor, ctx: SequenceContext, *extra: Tensor | None) -> Tensor:
+        """blocks[i] applied to x; extra: further arguments of the block."""
+        block = self.blocks[i]
+        state = None if self.given is None else self.given[len(self.states)]
+        if self.step:
+            x, state = block.step(x, ctx, state, *extra)
+            self.states.append(state)
+            return x
+        if self.recompute and torch.is_grad_enabled():
+            x, state, aux = checkpoint(
+                block,
+                x,
+                ctx,
+                state,
+                *extra,
+                use_reentrant=False,
+                preserve_rng_state=block.channel.stochastic,
+            )
+        else:
+            x, state, aux = block(x, ctx, state, *extra)
+        self.states.append(state)
+        for key, value in aux.items():
+            kind, name = key.split("/", 1)
+            if kind == "loss":
+                if self.takes_losses:
+                    add(self.losses, key, value)
+                continue
+            place = f"{kind}/l{i:02d}/{name}"
+            add(self.sums, place, value)
+            self.counts[place] = self.counts.get(place, 0) + 1
+        return x
+
+    def aux(self) -> Aux:
+        means = {
+            key: value / self.counts[key] if key.startswith("metric/") else value
+            for key, value in self.sums.items()
+        }
+        return self.losses | means
+
+
+def add(sums: Aux, key: str, value: Tensor) -> None:
+    sums[key] = sums[key] + value if key in sums else value

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from llmtrain_data.manifest import TOKEN_BYTES_FILE, TOKENIZER_FILE
@@ -174,7 +175,14 @@ class Run:
         micros = next(batches)
         self.meter.waited += batches.waited_seconds
         for i, micro in enumerate(micros):
-            self.engine.accumulate(micro, last=i == len(micros) - 1)
+            ctx = self.engine.module.model.stack.drawn(
+                micro.ctx,
+                seed=self.setup.config["seed"],
+                step=self.step,
+                micro=i,
+                rank=self.world.rank,
+            )
+            self.engine.accumulate(replace(micro, ctx=ctx), last=i == len(micros) - 1)
         lr = self.setup.optimizer.lr * self.setup.schedule.ratio(self.step)
         self.step += 1
         self.stop.install()

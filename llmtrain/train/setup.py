@@ -118,7 +118,7 @@ def kernel_backends(config: dict, device: torch.device, vocab_size: int) -> dict
     dtype = build.DTYPES[knobs["precision"]]
     chosen = {}
     mixers, channels = (build.layer_letters(config, group) for group in ("mixer", "channel"))
-    for mixer, channel, block in zip(mixers, channels, model.stack.blocks):
+    for mixer, channel, block in zip(mixers, channels, model.stack.layers):
         chosen[f"mixer {mixer}"] = block.mixer.kernel_backend(
             device=device,
             dtype=dtype,

@@ -163,7 +163,12 @@ def test_published_8b(build_model):
         (["position.fraction=0.6"], {}, r"position: got a partly rotated head, .*fraction=1.0"),
         (["embedding.scale=2.0"], {}, r"embedding: got scale=2.0, .*expected embedding.scale=null"),
         (["stack.norm_position=post"], {}, r"stack: got norm_position=post, .*expected norm_pos"),
-        (["stack.repeats=2"], {}, r"stack: got a repeated core, .*expected stack.repeats=1"),
+        (["stack.shared=a"], {}, r"stack: got blocks applied more than once, .*shared=null"),
+        (
+            ["stack.norm_position=pre"],
+            {"stack": "recurrent_depth"},
+            r"stack: got blocks applied more than once, .*expected stack=decoder",
+        ),
         (["mixer.window=8"], {}, r"layer 0, mixer: got window=8, .*expected mixer.window=null"),
         (["mixer.qk_norm=true"], {}, r"layer 0, mixer: got qk_norm=true, .*mixer.qk_norm=false"),
         (["mixer.softmax_scale=1.0"], {}, r"layer 0, mixer: got softmax_scale=1.0, "),

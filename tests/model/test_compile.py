@@ -25,9 +25,16 @@ CASES = {
         "packed",
         "none",
     ),
-    "hybrid_looped_recomputed": (
-        ("mixers.b.window=4", "stack.pattern=ab", "stack.repeats=2"),
+    "hybrid_shared_recomputed": (
+        ("mixers.b.window=4", "stack.pattern=abab", "stack.shared=b", "model.n_layers=4"),
         {"mixers": {"b": "sliding_window"}},
+        Causal(),
+        "packed",
+        "full",
+    ),
+    "recurrent_depth": (
+        ("stack.repeats=3", "stack.backprop_repeats=2", "stack.sampling=fixed", "model.n_layers=3"),
+        {"stack": "recurrent_depth"},
         Causal(),
         "packed",
         "full",

@@ -15,7 +15,7 @@ RUNTIME = {
     "embedding": {"vocab_size"},
     "channel": {"layer_idx", "n_layers"},
     "norm": set(),
-    "stack": set(),
+    "stack": {"d_model", "norm"},
     "objective": set(),
 }
 FILES = [path for group in RUNTIME for path in sorted((CONFIGS / group).glob("*.yaml"))]

@@ -3,8 +3,14 @@ import torch
 
 from llmtrain.context import SequenceContext
 from llmtrain.model.language_model import LanguageModel, ModelState
+from llmtrain.model.norm import RMSNorm
+from llmtrain.model.recurrent_depth import RecurrentDepth
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]])
+
+
+def recurrent(blocks):
+    return RecurrentDepth(blocks, d_model=16, norm=lambda: RMSNorm(16), repeats=3)
 
 
 def close(actual, expected):
@@ -13,8 +19,8 @@ def close(actual, expected):
 
 @pytest.mark.parametrize(
     "knobs",
-    [{}, {"norm_position": "post"}, {"stack": {"repeats": 2, "prelude": 1}}, {"tied": False}],
-    ids=["pre", "post", "looped", "untied"],
+    [{}, {"norm_position": "post"}, {"stack": recurrent}, {"tied": False}],
+    ids=["pre", "post", "recurrent", "untied"],
 )
 def test_step_by_step_equals_forward_at_different_lengths(make_model, knobs):
     model = make_model(**knobs)
@@ -51,7 +57,7 @@ def test_prefill_in_pieces(make_model):
 
 
 def test_packed_rows_equal_separate_documents(make_model):
-    model = make_model(stack={"repeats": 2})
+    model = make_model(stack=recurrent)
     starts = torch.zeros(2, 6, dtype=torch.bool)
     starts[0, 2] = starts[1, 1] = starts[1, 4] = True
     packed = model(TOKENS, SequenceContext.packed(starts)).hidden_BTD

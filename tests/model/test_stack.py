@@ -6,28 +6,23 @@ from llmtrain.model.init import initialise
 from llmtrain.model.stack import Stack
 
 
-def test_order_of_a_looped_core(make_blocks):
-    stack = Stack(make_blocks(5), prelude=1, coda=2, repeats=3)
-    assert stack.order == (0, 1, 2, 1, 2, 1, 2, 3, 4)
-    assert len(stack.applications) == 9
-    assert Stack(make_blocks(3)).order == (0, 1, 2)
-    assert Stack(make_blocks(2), repeats=2).order == (0, 1, 0, 1)
-
-
-def test_looped_core_equals_the_written_out_model(make_blocks):
-    blocks = make_blocks(3)
-    looped = Stack(blocks, prelude=1, coda=1, repeats=2)
-    initialise(looped, 0)
-    written = Stack([blocks[0], blocks[1], blocks[1], blocks[2]])
+def test_layers_that_share_a_block_equal_the_written_out_model(make_blocks):
+    a, b = make_blocks(2)
+    shared = Stack([a, b, a, b, b])
+    initialise(shared, 0)
+    assert (len(shared.blocks), shared.order) == (2, (0, 1, 0, 1, 1))
     x, ctx = torch.randn(2, 4, 16), SequenceContext.dense(2, 4)
-    assert torch.equal(looped(x, ctx)[0], written(x, ctx)[0])
-    assert sum(p.numel() for p in looped.parameters()) == 3 * sum(
-        p.numel() for p in blocks[0].parameters()
-    )
+    expected = x
+    for block in (a, b, a, b, b):
+        expected = block(expected, ctx)[0]
+    assert torch.equal(shared(x, ctx)[0], expected)
+    count = sum(p.numel() for p in a.parameters())
+    assert sum(p.numel() for p in shared.parameters()) == 2 * count
 
 
 def test_each_application_has_a_state_of_its_own(make_blocks):
-    stack = Stack(make_blocks(2), prelude=0, coda=1, repeats=3).double()
+    a, b = make_blocks(2)
+    stack = Stack([a, a, b, a]).double()
     initialise(stack, 0)
     x = torch.randn(2, 6, 16, dtype=torch.float64)
     whole, _, _ = stack(x, SequenceContext.dense(2, 6))
@@ -40,27 +35,49 @@ def test_each_application_has_a_state_of_its_own(make_blocks):
         ctx = SequenceContext(positions_BT=torch.full((2, 1), t), max_seqlen=1)
         y, states = stack.step(x[:, t], ctx, states)
         torch.testing.assert_close(y, whole[:, t], atol=1e-13, rtol=1e-12)
-    assert stack.state_bytes(6) == 4 * stack.blocks[0].state_bytes(6)
-    assert stack.flops_per_token(6) == 4 * stack.blocks[0].flops_per_token(6)
+    assert stack.state_bytes(6) == 4 * a.state_bytes(6)
+    assert stack.flops_per_token(6) == 4 * a.flops_per_token(6)
 
 
-def test_aux_losses_add_and_metrics_keep_their_layer(make_blocks):
-    stack = Stack(make_blocks(2, activation_l1=0.5), repeats=2)
+def test_aux_losses_add_and_metrics_keep_their_block(make_blocks):
+    a, b = make_blocks(2, activation_l1=0.5)
+    stack = Stack([a, b, b])
     initialise(stack, 0)
     x, ctx = torch.randn(2, 4, 16), SequenceContext.dense(2, 4)
     _, _, aux = stack(x, ctx)
-    metrics = [f"metric/l{i:02d}/sparsity" for i in range(4)]
-    assert sorted(aux) == ["loss/activation_l1", *metrics]
-    total = 0.0
-    for i, block in enumerate(stack.applications):
-        x, _, own = block(x, ctx)
-        total = total + own["loss/activation_l1"]
-        assert aux[metrics[i]] == own["metric/sparsity"]
+    assert sorted(aux) == ["loss/activation_l1", "metric/l00/sparsity", "metric/l01/sparsity"]
+    own = []
+    for block in (a, b, b):
+        x, _, handed_up = block(x, ctx)
+        own.append(handed_up)
+    total = sum(handed_up["loss/activation_l1"] for handed_up in own)
     torch.testing.assert_close(aux["loss/activation_l1"], total)
+    sparsity = [handed_up["metric/sparsity"] for handed_up in own]
+    assert aux["metric/l00/sparsity"] == sparsity[0]
+    assert sparsity[1] != sparsity[2]
+    torch.testing.assert_close(aux["metric/l01/sparsity"], (sparsity[1] + sparsity[2]) / 2)
+
+
+def test_sums_add_over_the_applications_of_a_block(make_blocks, monkeypatch):
+    a, b = make_blocks(2)
+    stack = Stack([a, b, b])
+    for i, block in enumerate((a, b)):
+        handed_up = {"sum/load": torch.tensor([1.0, 10.0**i])}
+        forward = block.channel.forward
+        monkeypatch.setattr(
+            block.channel, "forward", lambda x, ctx, f=forward, h=handed_up: (f(x, ctx)[0], h)
+        )
+    initialise(stack, 0)
+    _, _, aux = stack(torch.randn(2, 4, 16), SequenceContext.dense(2, 4))
+    assert {key: value.tolist() for key, value in aux.items()} == {
+        "sum/l00/load": [1.0, 1.0],
+        "sum/l01/load": [2.0, 20.0],
+    }
 
 
 def test_recomputation_changes_memory_but_no_gradient(make_blocks):
-    stack = Stack(make_blocks(3, activation_l1=0.5), repeats=2).double()
+    blocks = make_blocks(3, activation_l1=0.5)
+    stack = Stack([*blocks, *blocks]).double()
     initialise(stack, 0)
     ctx = SequenceContext.packed(torch.arange(12).reshape(2, 6) % 5 == 0)
 
@@ -86,15 +103,10 @@ def test_recomputation_changes_memory_but_no_gradient(make_blocks):
     assert full_saved < plain_saved / 4
 
 
-@pytest.mark.parametrize(
-    ("knobs", "message"),
-    [
-        ({"repeats": 0}, "repeats=0, expected prelude and coda >= 0 and repeats >= 1; set stack"),
-        ({"prelude": -1, "repeats": 2}, "got prelude=-1, coda=0, repeats=2, expected"),
-        ({"prelude": 1}, "prelude=1 and coda=0 with repeats=1, where they have no effect"),
-        ({"prelude": 1, "coda": 2, "repeats": 2}, "leave 0 of 3 blocks to the repeated core"),
-    ],
-)
-def test_errors(make_blocks, knobs, message):
-    with pytest.raises(ValueError, match=message):
-        Stack(make_blocks(3), **knobs)
+@pytest.mark.parametrize("knobs", [{"repeats": 2}, {"exit_threshold": 0.1}])
+def test_layers_applied_once_take_no_other_depth(make_blocks, knobs):
+    stack = Stack(make_blocks(2))
+    stack.set_depth()
+    name = next(iter(knobs))
+    with pytest.raises(ValueError, match=rf"{name}: got .* applied once, expected null"):
+        stack.set_depth(**knobs)

@@ -17,6 +17,16 @@ SMALL = (
     "model.init_std=0.2",
     "model.max_seq_len=32",
 )
+RECURRENT = {"stack": "recurrent_depth"}
+# The Universal Transformer's loop: the core's parameters are shared, and that is all.
+LOOPED = (
+    "stack.injection=none",
+    "stack.latent=prelude",
+    "stack.sampling=fixed",
+    "stack.backprop_repeats=null",
+    "stack.core_norm=false",
+    "stack.norm_position=pre",
+)
 MODELS = {
     "gqa": ((), {}),
     "mha_layernorm_gelu_learned": (
@@ -32,11 +42,34 @@ MODELS = {
         ("mixers.b.window=4", "stack.pattern=ba"),
         {"mixers": {"b": "sliding_window"}},
     ),
-    "looped_untied": (
-        ("stack.prelude=1", "stack.coda=1", "stack.repeats=2", "model.tie_embeddings=false"),
-        {},
+    "looped_untied": ((*LOOPED, "stack.repeats=2", "model.tie_embeddings=false"), RECURRENT),
+    "recurrent_depth": (
+        ("stack.repeats=3", "stack.backprop_repeats=2", "stack.pattern=abba", "mixers.b.window=4"),
+        {**RECURRENT, "mixers": {"b": "sliding_window"}},
     ),
+    "recurrent_depth_add_zeros": (
+        ("stack.repeats=2", "stack.injection=add", "stack.latent=zeros", "stack.coda=0"),
+        RECURRENT,
+    ),
+    "shared_layers": (
+        ("stack.pattern=abab", "stack.shared=b", "mixers.b.window=4"),
+        {"mixers": {"b": "sliding_window"}},
+    ),
+    "shared_attention_beside_mixers_alone": (
+        ("stack.pattern=baba", "stack.channel_pattern=baba"),
+        {
+            "stack": "shared_attention",
+            "mixer": "mqa",
+            "channel": "none",
+            "mixers": {"b": "attention"},
+            "channels": {"b": "swiglu"},
+        },
+    ),
+    "channels_by_letter": (("stack.channel_pattern=aabb",), {"channels": {"b": "relu2"}}),
+    "mixers_alone": ((), {"channel": "none"}),
     "post_norm": (("stack.norm_position=post",), {}),
+    "sandwich_norm": (("stack.norm_position=sandwich",), {}),
+    "peri_norm": (("stack.norm_position=peri",), {}),
     "yarn": (
         ("position.scaling=yarn", "position.factor=2.0", "position.original_max_seq_len=16"),
         {},
@@ -180,7 +213,6 @@ def test_pattern(build_model):
         (["stack.pattern=abz_"], r"stack.pattern: letter 'z' names no mixer, expected one of a, b"),
         (["model.d_model=25", "model.head_dim=null"], r"d_model=25.*n_heads=4.*multiple; set"),
         (["model.n_kv_heads=3"], r"mixer=attention: .*n_heads=4 and n_kv_heads=3, expected"),
-        (["stack.prelude=1"], r"stack=decoder: .*prelude=1 and coda=0 with repeats=1, where they"),
         (["stack.norm_position=both"], r"norm_position: got 'both', expected one of pre, post"),
     ],
 )

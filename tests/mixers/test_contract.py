@@ -29,9 +29,11 @@ SIZES = {"d_model": D, "n_heads": 4, "n_kv_heads": 2, "head_dim": None, "init_st
 SMALL = {
     "sliding_window": {"window": 5},
     "mamba2": {"head_dim": 8, "d_state": 8, "n_groups": 2, "chunk": 8},
+    "mamba": {"chunk": 8},
     "gated_deltanet": {"chunk": 8},
     "deltanet": {"chunk": 8},
     "mlstm": {"chunk": 8, "input_gate_bias": -1.0, "gate_init_std": 0.3},
+    "slstm": {"recurrent_init_std": 0.3},
 }
 # Further knobs worth the whole suite: name -> (YAML, knobs).
 VARIANTS = {
@@ -49,6 +51,10 @@ VARIANTS = {
         "mamba2",
         {"head_dim": 8, "d_state": 8, "d_conv": 1, "norm_before_gate": True, "bias": True},
     ),
+    "mamba_heads_inner_norm": (
+        "mamba",
+        {"chunk": 5, "d_state": 3, "n_heads": 4, "inner_norm": True, "bias": True},
+    ),
     "gated_deltanet_groups_negative": (
         "gated_deltanet",
         {
@@ -65,6 +71,18 @@ VARIANTS = {
     "mlstm_sigmoid_conv": (
         "mlstm",
         {"chunk": 8, "input_gate": "sigmoid", "d_conv": 4, "gate_init_std": 0.3, "bias": True},
+    ),
+    "slstm_exponential_dense": (
+        "slstm",
+        {
+            "n_heads": 2,
+            "d_conv": None,
+            "forget_gate": "exp",
+            "block_diagonal": False,
+            "recurrent_init_std": 0.3,
+            "out_proj": True,
+            "head_norm": "rmsnorm",
+        },
     ),
 }
 FACTS = {"layer_idx": 1, "n_layers": LAYERS}

@@ -41,7 +41,12 @@ def test_arms_have_equal_parameters(learn, layers):
 
     for arm in learn.arms.ARMS.values():
         matched = learn.arms.match(
-            arm, ["model.n_heads=4"], d_model=128, layers=layers, vocab_size=100, multiple=1
+            arm,
+            ["model.n_heads=4"],
+            d_model=128,
+            layers=layers,
+            vocab_size=100,
+            synthetic=layers == 2,
         )
         model = build.build_model(matched.config, vocab_size=100, device="meta")
         body = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("embedding"))
@@ -87,6 +92,7 @@ def test_learner_learns(learn):
         d_model=32,
         layers=1,
         vocab_size=3,
+        synthetic=True,
     )
     task = learn.tasks.WordProblem(
         name="parity", tokens=3, lengths=(2, 3), step_tokens=128, test_rows=64

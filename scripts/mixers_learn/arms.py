@@ -24,57 +24,85 @@ OUTSIDE = ("embedding", "position", "head")
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """overrides: of `llmtrain train`; patterns: number of layers -> letters of a hybrid's stack.
-    sequential: steps token by token, so it takes long and is not compiled in training."""
+    """overrides: of `llmtrain train`; small: further ones of the synthetic parts, {half} and
+    {quarter} being shares of the width; large: of the books. patterns: number of layers -> letters
+    of a hybrid's stack. sequential: steps token by token, so it takes long and is not compiled.
+
+    small gives Mamba-2, gated DeltaNet and mLSTM states of one size, width^2 / 2 numbers a layer
+    with two heads.
+    """
 
     name: str
-    overrides: tuple[str, ...]
     label: str
+    overrides: tuple[str, ...]
+    small: tuple[str, ...] = ()
+    large: tuple[str, ...] = ()
     patterns: dict[int, str] | None = None
     sequential: bool = False
 
-    def chosen(self, layers: int) -> list[str]:
-        """The overrides for that many layers."""
+    def chosen(self, *, width: int, layers: int, synthetic: bool) -> list[str]:
+        """The overrides for a model of that size."""
+        shares = {"half": width // 2, "quarter": width // 4}
+        further = [text.format(**shares) for text in self.small] if synthetic else self.large
+        chosen = [*self.overrides, *further]
         if self.patterns is None:
-            return list(self.overrides)
+            return chosen
         if layers not in self.patterns:
             raise ValueError(
                 f"{self.name}: got {layers} layers, expected {', '.join(map(str, self.patterns))}, "
                 "the numbers that it has a pattern for; change the layers or the arms"
             )
-        return [*self.overrides, f"stack.pattern={self.patterns[layers]}"]
+        return [*chosen, f"stack.pattern={self.patterns[layers]}"]
 
 
 NO_POSITIONS = "position=none"
+MAMBA2_STATE = "mixer.d_state={quarter}"
+DELTANET_STATE = ("mixer.expand_k=1.0", "mixer.expand_v=1.0")
 ARMS = {
     arm.name: arm
     for arm in (
         Arm(name="attention", label="attention", overrides=("mixer=mha",)),
         Arm(name="mla", label="MLA", overrides=("mixer=mla",)),
-        Arm(name="mamba2", label="Mamba-2", overrides=("mixer=mamba2", NO_POSITIONS)),
+        Arm(
+            name="mamba2",
+            label="Mamba-2",
+            overrides=("mixer=mamba2", NO_POSITIONS),
+            small=(MAMBA2_STATE,),
+        ),
         Arm(
             name="gated_deltanet",
             label="gated DeltaNet",
             overrides=("mixer=gated_deltanet", NO_POSITIONS),
+            small=DELTANET_STATE,
         ),
         Arm(
             name="gated_deltanet_neg",
             label="gated DeltaNet, eigenvalues in [-1, 1]",
             overrides=("mixer=gated_deltanet", "mixer.allow_neg_eigval=true", NO_POSITIONS),
+            small=DELTANET_STATE,
         ),
-        Arm(name="mlstm", label="mLSTM", overrides=("mixer=mlstm", NO_POSITIONS)),
+        Arm(
+            name="mlstm",
+            label="mLSTM",
+            overrides=("mixer=mlstm", NO_POSITIONS, "mixer.d_conv=4"),
+            small=("mixer.qk_dim_factor=1.0",),
+        ),
         Arm(name="slstm", label="sLSTM", overrides=("mixer=slstm", NO_POSITIONS), sequential=True),
         Arm(
             name="hybrid",
             label="hybrid Mamba-2 + attention",
             overrides=("mixer=mamba2", "stack=hybrid", "mixer@mixers.b=mha"),
+            small=(MAMBA2_STATE,),
             patterns={2: "ab", 4: "aaab", 8: "aaab"},
         ),
         Arm(name="moe", label="attention + MoE", overrides=("mixer=mha", "channel=moe")),
+        # A fixed number of iterations in the synthetic parts: a CUDA graph cannot vary it.
         Arm(
             name="recurrent_depth",
             label="attention, recurrent depth",
-            overrides=("mixer=mha", "stack=recurrent_depth"),
+            overrides=("mixer=mha", "stack=recurrent_depth", "stack.repeats=4"),
+            small=("stack.coda=0", "stack.sampling=fixed", "stack.backprop_repeats=null"),
+            large=("stack.prelude=2", "stack.coda=2"),
         ),
     )
 }
@@ -94,14 +122,11 @@ class Matched:
 
 
 def body_parameters(model: LanguageModel) -> int:
-    """Parameters outside embedding and head that a token uses: a channel uses one for every two of
-    its FLOPs, which leaves out the experts that were not chosen."""
+    """Parameters outside embedding and head that a token uses: not the experts that it does not
+    choose."""
     counts = parameters_by_part(model)
     body = counts["total"] - sum(counts[part] for part in OUTSIDE)
-    for block in model.stack.blocks:
-        owned = sum(parameter.numel() for parameter in block.channel.parameters())
-        body += round(block.channel.flops_per_token() / 2) - owned
-    return body
+    return body - sum(block.channel.idle_parameters() for block in model.stack.blocks)
 
 
 def effective(chosen: list[str], sizes: list[str]) -> list[str]:
@@ -122,13 +147,21 @@ def build_meta(overrides: list[str], vocab_size: int) -> tuple[dict, LanguageMod
 
 
 def match(
-    arm: Arm, sizes: list[str], *, d_model: int, layers: int, vocab_size: int, multiple: int = 1
+    arm: Arm,
+    sizes: list[str],
+    *,
+    d_model: int,
+    layers: int,
+    vocab_size: int,
+    synthetic: bool,
+    multiple: int = 1,
 ) -> Matched:
     """The arm with the width of the channel part that equals attention's parameters.
 
     sizes: overrides for every arm, of model and training. multiple: of that width. ValueError when
     no width does, because the rest of the arm alone is too large or the step too coarse.
     """
+    size = {"width": d_model, "layers": layers, "synthetic": synthetic}
     common = [*sizes, f"model.d_model={d_model}", f"model.n_layers={layers}"]
     default = -(-round(8 / 3 * d_model) // multiple) * multiple
 
@@ -136,9 +169,9 @@ def match(
         overrides = effective(chosen, [*common, f"model.ffn_hidden={hidden}"])
         return *build_meta(overrides, vocab_size), overrides
 
-    _, yardstick, _ = attempt(ARMS["attention"].chosen(layers), default)
+    _, yardstick, _ = attempt(ARMS["attention"].chosen(**size), default)
     target = body_parameters(yardstick)
-    chosen = arm.chosen(layers)
+    chosen = arm.chosen(**size)
     low, high = (body_parameters(attempt(chosen, h)[1]) for h in (multiple, default + multiple))
     # The body is a straight line over the width: every weight of the channel part has it once.
     slope = (high - low) / default

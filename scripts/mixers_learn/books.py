@@ -56,6 +56,7 @@ def books(options: argparse.Namespace, name: str) -> None:
         d_model=options.book_width,
         layers=options.book_layers,
         vocab_size=options.book_vocab,
+        synthetic=False,
         multiple=options.book_multiple,
     )
     run_dir = options.out / "runs" / f"books_{name}"

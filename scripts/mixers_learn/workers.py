@@ -76,6 +76,7 @@ def synthetic(options: argparse.Namespace, part: str, name: str) -> None:
                 d_model=width,
                 layers=options.layers,
                 vocab_size=task.vocab_size,
+                synthetic=True,
             )
             for seed in options.seeds:
                 facts = {

@@ -41,10 +41,13 @@ class Family:
                 f"expected {expected}; train with that, or keep the checkpoint in its own format"
             )
 
-    def check_stack(self, model: LanguageModel) -> None:
-        """An embedding without scale; blocks with norms before their parts, each applied once."""
+    def check_stack(self, model: LanguageModel, *, softcap: bool = False) -> None:
+        """An embedding without scale; blocks with norms before their parts, each applied once.
+        softcap: the head may cap its logits."""
         scale, stack = model.embedding.scale, model.stack
         self.require(scale in (None, 1), "embedding", f"scale={scale}", "embedding.scale=null")
+        cap, want = model.embedding.logit_softcap, "embedding.logit_softcap=null"
+        self.require(softcap or cap is None, "embedding", f"logit_softcap={cap}", want)
         for block in stack.blocks:
             place = getattr(block, "norm_position", "of a shared block")
             self.require(place == "pre", "stack", f"norm_position={place}", "norm_position=pre")

@@ -17,7 +17,9 @@ class Embedding(nn.Module):
     """tokens_BT -> x_BTD in the parameter's dtype (the model casts to its compute dtype).
 
     vocab_size: rows, padding included; tied: the output head uses this weight; scale: multiplies
-    the looked-up rows, not the head (Gemma uses sqrt(D)); None is 1.
+    the looked-up rows, not the head (Gemma uses sqrt(D)); None is 1. logit_softcap: c, for logits
+    c tanh(logits / c), which stay within (-c, c) (Gemma 2, arXiv:2408.00118; xLSTM-7B has 30); None
+    is off.
 
     init_std: of the first values, also of an untied head's; None is 1 / sqrt(D). The head reads
     vectors of root mean square 1, so logits then start with a standard deviation of 1 at any width:
@@ -34,9 +36,15 @@ class Embedding(nn.Module):
         tied: bool = True,
         scale: float | None = None,
         init_std: float | None = None,
+        logit_softcap: float | None = None,
     ):
         super().__init__()
-        self.tied, self.scale = tied, scale
+        if logit_softcap is not None and logit_softcap <= 0:
+            raise ValueError(
+                f"embedding: got logit_softcap={logit_softcap}, expected a positive number or "
+                "null; set embedding.logit_softcap"
+            )
+        self.tied, self.scale, self.logit_softcap = tied, scale, logit_softcap
         self.init_std = d_model**-0.5 if init_std is None else init_std
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
 

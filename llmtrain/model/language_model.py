@@ -125,8 +125,14 @@ class LanguageModel(nn.Module):
         return ModelOutput(self.norm(x_BTD), new_state, aux)
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:
-        """logits_BTO in the compute dtype, O = vocab_size: padding rows never get probability."""
-        return self.head(hidden_BTD)[..., : self.vocab_size]
+        """logits_BTO in the compute dtype, O = vocab_size: padding rows never get probability.
+        Soft-capped ones are float32 at least: tanh gives the largest ones nearly equal values."""
+        logits_BTO = self.head(hidden_BTD)[..., : self.vocab_size]
+        cap = self.embedding.logit_softcap
+        if cap is None:
+            return logits_BTO
+        wide = torch.promote_types(logits_BTO.dtype, torch.float32)
+        return cap * torch.tanh(logits_BTO.to(wide) / cap)
 
     def look_ahead(
         self,

@@ -1,5 +1,6 @@
 import copy
 
+import pytest
 import torch
 
 from llmtrain.model.embedding import Embedding, TiedHead
@@ -54,3 +55,26 @@ def test_untied_head_is_its_own_parameter(make_model):
     model = make_model(tied=False)
     assert model.head.weight.shape == model.embedding.weight.shape == (24, 16)
     assert not torch.equal(model.head.weight, model.embedding.weight)
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_logits_are_soft_capped(build_model, tied):
+    """In float32 whatever the compute dtype, and in steps and losses too."""
+    changes = ("model.n_layers=1", f"model.tie_embeddings={tied}", "embedding.init_std=1.0")
+    plain = build_model(*changes)
+    capped = build_model(*changes, "embedding.logit_softcap=3.0")
+    hidden = torch.randn(2, 5, plain.embedding.weight.shape[1], dtype=torch.float64)
+    expected = 3 * (plain.logits(hidden) / 3).tanh()
+    assert (expected.abs() > 2.9).any()  # where the cap bites
+    torch.testing.assert_close(capped.logits(hidden), expected)
+    low = build_model(*changes, "embedding.logit_softcap=3.0", dtype=torch.bfloat16)
+    assert low.logits(hidden.bfloat16()).dtype == torch.float32
+    tokens = torch.tensor([1, 2])
+    logits, _ = capped.step(tokens, capped.init_state(2, max_tokens=4))
+    uncapped, _ = plain.step(tokens, plain.init_state(2, max_tokens=4))
+    torch.testing.assert_close(logits, 3 * (uncapped / 3).tanh())
+
+
+def test_a_cap_is_positive():
+    with pytest.raises(ValueError, match=r"embedding: got logit_softcap=0, expected a positive"):
+        Embedding(8, vocab_size=5, logit_softcap=0)

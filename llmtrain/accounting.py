@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from llmtrain.channels.base import Channel
 from llmtrain.model.language_model import LanguageModel
 from llmtrain.model.linear import Linear
 
@@ -50,6 +51,12 @@ def parameters_by_part(model: LanguageModel) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         counts[part_of(name)] += parameter.numel()
     return {**counts, "total": counts.total()}
+
+
+def active_parameters(model: LanguageModel) -> int:
+    """Parameters that a token uses: all but those of the experts that it does not take."""
+    idle = sum(m.idle_parameters() for m in model.modules() if isinstance(m, Channel))
+    return sum(p.numel() for p in model.parameters()) - idle
 
 
 def part_of(name: str) -> str:
@@ -171,16 +178,19 @@ def memory_per_rank(
 def activation_bytes(model: LanguageModel, tokens: int, activation_checkpointing: str) -> int:
     """Bytes kept for the backward pass of that many tokens, without head and loss.
 
-    Inputs and outputs of every linear layer are counted, which stands for what lies between them
-    too (queries, gates, norms); in half precision also the weights' copies in that dtype.
+    Inputs and outputs of every linear layer and expert are counted, which stands for what lies
+    between them too (queries, gates, norms); in half precision also the weights' copies in that
+    dtype.
     """
     size = model.compute_dtype.itemsize
     per_application = []
     for block in [*model.stack.differentiated, *(model.mtp or ())]:
         linears = [m for m in block.modules() if isinstance(m, Linear)]
-        values = sum(m.in_features + m.out_features for m in linears) * tokens
-        weights = sum(m.weight.numel() for m in linears) if size < FP32_BYTES else 0
-        per_application.append(size * (values + weights))
+        kept = [m.kept_values() for m in block.modules() if isinstance(m, Channel)]
+        values = sum(m.in_features + m.out_features for m in linears) + sum(v for v, _ in kept)
+        weights = sum(m.weight.numel() for m in linears) + sum(w for _, w in kept)
+        copies = weights if size < FP32_BYTES else 0
+        per_application.append(size * (values * tokens + copies))
     if activation_checkpointing == "none":
         return sum(per_application)
     inputs = size * tokens * model.embedding.weight.shape[1] * len(per_application)

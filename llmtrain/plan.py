@@ -17,12 +17,13 @@ STAGES = (0, 1, 2, 3)
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """parameters: part -> count, with "total". flops: forward, per token; train_flops: per training
-    token, forward and backward at twice that, multi-token prediction included. state_bytes: length
-    in tokens -> bytes a generated row keeps, in bf16. memory: ZeRO stage -> estimate for one rank.
-    hours: None without a rate."""
+    """parameters: part -> count, with "total"; active_parameters: those that a token uses. flops:
+    forward, per token; train_flops: per training token, forward and backward at twice that,
+    multi-token prediction included. state_bytes: length in tokens -> bytes a generated row keeps,
+    in bf16. memory: ZeRO stage -> estimate for one rank. hours: None without a rate."""
 
     parameters: dict[str, int]
+    active_parameters: int
     flops: float
     train_flops: float
     state_bytes: dict[int, int]
@@ -78,6 +79,7 @@ def make_plan(config: dict, *, ranks: int = 1) -> Plan:
     lengths = sorted({seq_len, config["model"]["max_seq_len"]})
     return Plan(
         parameters=accounting.parameters_by_part(model),
+        active_parameters=accounting.active_parameters(model),
         flops=accounting.flops_per_token(model, seq_len),
         train_flops=accounting.train_flops_per_token(model, seq_len),
         state_bytes={length: accounting.state_bytes(model, length) for length in lengths},
@@ -115,8 +117,10 @@ def describe(plan: Plan, rate: float | None = None) -> str:
     total = plan.parameters["total"]
     extra = ", multi-token prediction included" if plan.parameters["mtp"] else ""
     names = [*(field.name for field in fields(MemoryEstimate)), "total"]
-    lines = ["parameters"]
-    for name, count in plan.parameters.items():
+    lines, counts = ["parameters"], dict(plan.parameters)
+    if plan.active_parameters < total:  # some experts are not a given token's
+        counts["active"] = plan.active_parameters
+    for name, count in counts.items():
         if count:
             lines.append(f"  {name:<12}{count:>16,}  {100 * count / total:5.1f} %")
     lines += [

@@ -4,6 +4,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from llmtrain.accounting import (
     activation_bytes,
+    active_parameters,
     flops_per_token,
     logits_bytes,
     memory_per_rank,
@@ -65,6 +66,27 @@ def test_parts_add_to_all_parameters(build_model, options, changes):
     assert (counts["stack"] > 0) == (options.get("stack") is not None)
 
 
+def test_active_parameters_are_those_of_one_token(build_model):
+    """Of the experts' matrices, those that one token has a gradient for; all of everything else."""
+    experts = ("stack.channel_pattern=[a,b,b]", "channels.b.n_experts=6", "channels.b.n_shared=1")
+    model = build_model(*SMALL, *experts, channels={"b": "moe"})
+    model(
+        torch.zeros(1, 1, dtype=torch.int64), SequenceContext.dense(1, 1)
+    ).hidden_BTD.sum().backward()
+    idle = sum(
+        matrix.numel()
+        for parameter in model.parameters()
+        if parameter.ndim == 3
+        for matrix in parameter.grad
+        if matrix.eq(0).all()
+    )
+    total = sum(p.numel() for p in model.parameters())
+    assert idle == 2 * 4 * 3 * 64 * 160
+    assert active_parameters(model) == total - idle
+    dense = build_model(*SMALL, channel="moe_dense")
+    assert active_parameters(dense) == sum(p.numel() for p in dense.parameters())
+
+
 @pytest.mark.parametrize(
     ("options", "changes"),
     [
@@ -76,6 +98,8 @@ def test_parts_add_to_all_parameters(build_model, options, changes):
             ("stack.pattern=aba", "mixers.b.backend=reference"),
         ),
         ({}, ("mixer.window=8",)),
+        ({"channel": "moe"}, ("channel.n_shared=1", "channel.shared_gate=true")),
+        ({"channel": "moe_dense"}, ()),
     ],
 )
 def test_flops_against_the_counter(build_model, options, changes):
@@ -180,7 +204,13 @@ def test_total_is_the_fuller_of_backward_and_step(build_model):
 
 def test_activations_against_what_autograd_keeps(build_model):
     """Between 0.6 and 1.4 of the bytes kept in eager mode, for every channel."""
-    for options in ({}, {"channel": "gelu"}, {"channel": "relu2", "norm": "layernorm"}):
+    for options in (
+        {},
+        {"channel": "gelu"},
+        {"channel": "relu2", "norm": "layernorm"},
+        {"channel": "moe"},
+        {"channel": "moe_dense"},
+    ):
         model = build_model(*SMALL, "mixer.backend=sdpa", dtype=torch.bfloat16, **options)
         rows, tokens = 4, 256
         ctx = SequenceContext.dense(rows, tokens)

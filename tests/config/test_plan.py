@@ -69,4 +69,13 @@ def test_command_prints_it(capsys):
     out = capsys.readouterr().out
     total = make_plan(compose("plan", ["model=gpt_124m"])).parameters["total"]
     assert f"{total:,}" in out
+    assert "active" not in out
     assert "memory of each of 8 ranks" in out
+
+
+def test_parameters_of_a_token():
+    plan = make_plan(compose("plan", ["channel=moe", "channel.n_experts=8", "channel.top_k=2"]))
+    total = plan.parameters["total"]
+    assert plan.active_parameters == total - 4 * 6 * 3 * 128 * 352
+    share = 100 * plan.active_parameters / total
+    assert f"  active      {plan.active_parameters:>16,}  {share:5.1f} %" in describe(plan)

@@ -156,7 +156,13 @@ class LanguageModel(nn.Module):
         ctx = ctx.with_rotary(self.position.rotary(ctx))
         if self.stack.activation_checkpointing == "full" and torch.is_grad_enabled():
             return checkpoint(
-                module, hidden_BTD, x_BTD, ctx, state, use_reentrant=False, preserve_rng_state=False
+                module,
+                hidden_BTD,
+                x_BTD,
+                ctx,
+                state,
+                use_reentrant=False,
+                preserve_rng_state=module.block.channel.stochastic,
             )
         return module(hidden_BTD, x_BTD, ctx, state)
 

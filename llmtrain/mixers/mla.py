@@ -47,7 +47,7 @@ class LatentAttention(Mixer):
 
     q_lora_rank: rank Q of the queries, None for a full projection. kv_lora_rank: width R of the
     latent, None for 4 head_dim. qk_nope_head_dim, v_head_dim: None for head_dim; qk_rope_head_dim:
-    None for head_dim / 2 (the proportions of DeepSeek-V2). norm_eps: of the latents' norms.
+    None for head_dim / 2, made even (DeepSeek-V2's proportions). norm_eps: of the latents' norms.
     softmax_scale: None for 1 / sqrt(nope + rope). yarn_factor: when positions are scaled by YaRN,
     the scores are multiplied by (0.1 yarn_mscale ln yarn_factor + 1)^2 (position.attention_factor
     is 1 then). backend: as in mixers/attention.py.
@@ -82,11 +82,14 @@ class LatentAttention(Mixer):
                 "mixer.head_dim, or change one of the two"
             )
         unit = d_model // n_heads if head_dim is None else head_dim
+        half = max(unit // 4 * 2, 2)
         widths = {
             "q_lora_rank": q_lora_rank,
             "kv_lora_rank": 4 * unit if kv_lora_rank is None else kv_lora_rank,
             "qk_nope_head_dim": unit if qk_nope_head_dim is None else qk_nope_head_dim,
-            "qk_rope_head_dim": unit // 2 if qk_rope_head_dim is None else qk_rope_head_dim,
+            "qk_rope_head_dim": max(unit // 4 * 2, 2)
+            if qk_rope_head_dim is None
+            else qk_rope_head_dim,
             "v_head_dim": unit if v_head_dim is None else v_head_dim,
         }
         check_knobs(widths, backend, softmax_scale, yarn_factor, yarn_mscale)

@@ -9,6 +9,11 @@ from llmtrain.config import compose
 # overrides -> (parameters, where the number comes from). Exact, vocabulary as published.
 PRESETS = {
     ("model=llama3_8b",): (8_030_261_248, "meta-llama/Meta-Llama-3-8B, safetensors index"),
+    ("model=llama3_70b",): (70_553_706_496, "meta-llama/Meta-Llama-3-70B, safetensors index"),
+    # transformers' DeepseekV3ForCausalLM of the published configuration, on meta; with the
+    # 58 x 256 biases of its routers, buffers here and there, the released 671,026,419,200
+    ("experiment=deepseek_v3", "objective=causal"): (671_026_404_352, "arXiv:2412.19437, 671B"),
+    ("experiment=deepseek_v3_mini",): (1_168_340_736, "none: ours, 56,465,152 in the mtp module"),
 }
 
 

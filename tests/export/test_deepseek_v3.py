@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 
+from llmtrain import build
+from llmtrain.config import compose
 from llmtrain.context import SequenceContext
-from llmtrain.export.deepseek_v3 import deepseek_v3_weights, to_deepseek_v3
+from llmtrain.export.deepseek_v3 import deepseek_v3_config, deepseek_v3_weights, to_deepseek_v3
 
 SMALL = (
     "model.d_model=48",
@@ -98,6 +101,53 @@ def test_saved_files(build_model, shuffle_norms, random_tokens, tmp_path):
     tokens = random_tokens()
     logits = model.logits(model(tokens, SequenceContext.dense(*tokens.shape)).hidden_BTD)
     torch.testing.assert_close(logits, theirs(tokens).logits, atol=2e-5, rtol=1e-4)
+
+
+def test_published_671b():
+    """The preset's parts are those of the published configuration, whose values are written out;
+    37B of its parameters work on a token, and the module that looks ahead is no part of it."""
+    config = compose("train", ["experiment=deepseek_v3"])
+    model = build.build_model(config, vocab_size=129280, device="meta")
+    published = DeepseekV3Config(
+        vocab_size=129280,
+        hidden_size=7168,
+        intermediate_size=18432,
+        moe_intermediate_size=2048,
+        num_hidden_layers=61,
+        num_attention_heads=128,
+        num_key_value_heads=128,
+        n_shared_experts=1,
+        n_routed_experts=256,
+        routed_scaling_factor=2.5,
+        kv_lora_rank=512,
+        q_lora_rank=1536,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        qk_nope_head_dim=128,
+        n_group=8,
+        topk_group=4,
+        num_experts_per_tok=8,
+        first_k_dense_replace=3,
+        norm_topk_prob=True,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_interleave=True,
+        attention_bias=False,
+        num_mtp_layers=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    assert deepseek_v3_config(model).to_dict() == published.to_dict()
+    with torch.device("meta"):
+        theirs = dict(DeepseekV3ForCausalLM(published).named_parameters())
+    ours = deepseek_v3_weights(model)
+    assert {n: p.shape for n, p in theirs.items()} == {n: ours[n].shape for n in theirs}
+    total = sum(parameter.numel() for parameter in theirs.values())
+    assert total == 671_026_404_352
+    idle = sum(block.channel.idle_parameters() for block in model.stack.blocks)
+    assert 37e9 < total - idle < 38e9
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,28 @@ def test_published_8b(build_model):
     assert sum(p.numel() for p in model.parameters()) == 8_030_261_248
 
 
+def test_published_70b(build_model):
+    """arXiv:2407.21783, table 3; the released configuration has these sizes."""
+    from transformers import LlamaConfig
+
+    model = build_model(model="llama3_70b", vocab_size=128256, device="meta", dtype=torch.float32)
+    published = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    assert llama_config(model).to_dict() == published.to_dict()
+
+
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [

@@ -177,6 +177,7 @@ def test_knobs_reach_the_mixer():
         assert not any(y_BTD.equal(other_BTD) for other_BTD in outputs), knobs
         outputs.append(y_BTD)
     assert mla(qk_rope_head_dim=8).rotary_width == 8
+    assert mla(head_dim=10).rotary_width == 4
     assert mla(head_dim=12).out_proj.in_features == 48
     reference_BTD, _ = mla(backend="reference")(x_BTD, ctx)
     torch.testing.assert_close(reference_BTD, outputs[0], **EXACT)
@@ -187,7 +188,7 @@ def test_knobs_reach_the_mixer():
     [
         ({"n_heads": 5}, "d_model=32 and n_heads=5, expected a multiple; set mixer.head_dim"),
         ({"kv_lora_rank": 0}, "kv_lora_rank=0, expected at least 1; set mixer.kv_lora_rank"),
-        ({"head_dim": 1}, "qk_rope_head_dim=0, expected at least 1; .* or mixer.head_dim"),
+        ({"head_dim": 0}, "kv_lora_rank=0, expected at least 1; .* or mixer.head_dim"),
         ({"qk_rope_head_dim": 3}, "qk_rope_head_dim=3, expected an even number .* set mixer"),
         ({"backend": "fast"}, "backend='fast', expected auto or one of .* set mixer.backend"),
         ({"yarn_factor": 0.5}, "yarn_factor=0.5 .* at least 1 .* set mixer.yarn_factor"),

@@ -87,9 +87,7 @@ class LatentAttention(Mixer):
             "q_lora_rank": q_lora_rank,
             "kv_lora_rank": 4 * unit if kv_lora_rank is None else kv_lora_rank,
             "qk_nope_head_dim": unit if qk_nope_head_dim is None else qk_nope_head_dim,
-            "qk_rope_head_dim": max(unit // 4 * 2, 2)
-            if qk_rope_head_dim is None
-            else qk_rope_head_dim,
+            "qk_rope_head_dim": half if qk_rope_head_dim is None else qk_rope_head_dim,
             "v_head_dim": unit if v_head_dim is None else v_head_dim,
         }
         check_knobs(widths, backend, softmax_scale, yarn_factor, yarn_mscale)

@@ -77,27 +77,9 @@ class Attention(Mixer):
     ):
         super().__init__()
         n_kv_heads = n_heads if n_kv_heads is None else n_kv_heads
-        if n_heads < 1 or n_kv_heads < 1 or n_heads % n_kv_heads:
-            raise ValueError(
-                f"attention: got n_heads={n_heads} and n_kv_heads={n_kv_heads}, expected positive "
-                "numbers, the second dividing the first; set mixer.n_heads or mixer.n_kv_heads"
-            )
-        if head_dim is None and d_model % n_heads:
-            raise ValueError(
-                f"attention: got d_model={d_model} and n_heads={n_heads}, expected a multiple; "
-                "set mixer.head_dim, or change one of the two"
-            )
+        check_heads(d_model, n_heads, n_kv_heads, head_dim)
         check_visibility(window, sinks, softcap)
-        if qk_norm_zero_centered and not qk_norm:
-            raise ValueError(
-                "attention: got qk_norm_zero_centered=true with qk_norm=false, where it has no "
-                "effect, expected false; set mixer.qk_norm=true or leave it out"
-            )
-        if backend not in ("auto", *BACKENDS):
-            raise ValueError(
-                f"attention: got backend={backend!r}, expected auto or one of "
-                f"{', '.join(BACKENDS)}; set mixer.backend"
-            )
+        check_options(qk_norm, qk_norm_zero_centered, backend)
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
         self.head_dim = d_model // n_heads if head_dim is None else head_dim
         self.rotary_width = self.head_dim
@@ -288,6 +270,20 @@ class Attention(Mixer):
         return state
 
 
+def check_heads(d_model: int, n_heads: int, n_kv_heads: int, head_dim: int | None) -> None:
+    """ValueError for heads that cannot be made."""
+    if n_heads < 1 or n_kv_heads < 1 or n_heads % n_kv_heads:
+        raise ValueError(
+            f"attention: got n_heads={n_heads} and n_kv_heads={n_kv_heads}, expected positive "
+            "numbers, the second dividing the first; set mixer.n_heads or mixer.n_kv_heads"
+        )
+    if head_dim is None and d_model % n_heads:
+        raise ValueError(
+            f"attention: got d_model={d_model} and n_heads={n_heads}, expected a multiple; "
+            "set mixer.head_dim, or change one of the two"
+        )
+
+
 def check_visibility(window: int | None, sinks: int, softcap: float | None) -> None:
     """ValueError for knobs that show no key, or have no effect."""
     if window is not None and window < 1:
@@ -305,4 +301,18 @@ def check_visibility(window: int | None, sinks: int, softcap: float | None) -> N
         raise ValueError(
             f"attention: got softcap={softcap}, expected a positive number or null for no cap; "
             "set mixer.softcap"
+        )
+
+
+def check_options(qk_norm: bool, zero_centered: bool, backend: str) -> None:
+    """ValueError for a norm that is not there, or an unknown backend."""
+    if zero_centered and not qk_norm:
+        raise ValueError(
+            "attention: got qk_norm_zero_centered=true with qk_norm=false, where it has no "
+            "effect, expected false; set mixer.qk_norm=true or leave it out"
+        )
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(
+            f"attention: got backend={backend!r}, expected auto or one of "
+            f"{', '.join(BACKENDS)}; set mixer.backend"
         )

@@ -76,11 +76,7 @@ class LatentAttention(Mixer):
         yarn_mscale: float = 1.0,
     ):
         super().__init__()
-        if head_dim is None and d_model % n_heads:
-            raise ValueError(
-                f"mla: got d_model={d_model} and n_heads={n_heads}, expected a multiple; set "
-                "mixer.head_dim, or change one of the two"
-            )
+        check_heads(d_model, n_heads, head_dim)
         unit = d_model // n_heads if head_dim is None else head_dim
         half = max(unit // 4 * 2, 2)
         widths = {
@@ -99,7 +95,6 @@ class LatentAttention(Mixer):
         self.scale = (self.nope + self.rope) ** -0.5 if softmax_scale is None else softmax_scale
         if yarn_factor is not None:
             self.scale *= yarn_temperature(yarn_factor, yarn_mscale) ** 2
-
         queries, d_query = n_heads * (self.nope + self.rope), q_lora_rank or d_model
         self.q_down, self.q_norm = None, None
         if q_lora_rank is not None:
@@ -254,6 +249,17 @@ class LatentAttention(Mixer):
 
     def state_bytes(self, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
         return tokens * (self.kv_lora_rank + self.rope) * dtype.itemsize
+
+
+def check_heads(d_model: int, n_heads: int, head_dim: int | None) -> None:
+    """ValueError for heads that cannot be made."""
+    if n_heads < 1:
+        raise ValueError(f"mla: got n_heads={n_heads}, expected at least 1; set mixer.n_heads")
+    if head_dim is None and d_model % n_heads:
+        raise ValueError(
+            f"mla: got d_model={d_model} and n_heads={n_heads}, expected a multiple; set "
+            "mixer.head_dim, or change one of the two"
+        )
 
 
 def check_knobs(

@@ -186,6 +186,7 @@ def test_knobs_reach_the_mixer():
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
+        ({"n_heads": 0}, "n_heads=0, expected at least 1; set mixer.n_heads"),
         ({"n_heads": 5}, "d_model=32 and n_heads=5, expected a multiple; set mixer.head_dim"),
         ({"kv_lora_rank": 0}, "kv_lora_rank=0, expected at least 1; set mixer.kv_lora_rank"),
         ({"head_dim": 0}, "kv_lora_rank=0, expected at least 1; .* or mixer.head_dim"),

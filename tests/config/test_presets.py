@@ -14,6 +14,8 @@ PRESETS = {
     # 58 x 256 biases of its routers, buffers here and there, the released 671,026,419,200
     ("experiment=deepseek_v3", "objective=causal"): (671_026_404_352, "arXiv:2412.19437, 671B"),
     ("experiment=deepseek_v3_mini",): (1_168_340_736, "none: ours, 56,465,152 in the mtp module"),
+    # transformers' xLSTMForCausalLM of its default configuration, on meta, counts the same
+    ("experiment=xlstm_7b",): (6_865_424_896, "NX-AI/xLSTM-7b, safetensors index"),
 }
 
 

@@ -30,6 +30,7 @@ SIZES = {
     "llama3_70b": 68.45e9,
     "deepseek_v3": None,  # its parts are those of an experiment: tests/config/test_presets.py
     "deepseek_v3_mini": None,
+    "xlstm_7b": None,
 }
 
 

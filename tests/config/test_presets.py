@@ -14,6 +14,10 @@ PRESETS = {
     # 58 x 256 biases of its routers, buffers here and there, the released 671,026,419,200
     ("experiment=deepseek_v3", "objective=causal"): (671_026_404_352, "arXiv:2412.19437, 671B"),
     ("experiment=deepseek_v3_mini",): (1_168_340_736, "none: ours, 56,465,152 in the mtp module"),
+    # also transformers' MixtralForCausalLM of the published configuration, on meta
+    ("experiment=mixtral_8x7b",): (46_702_792_704, "mistralai/Mixtral-8x7B-v0.1, 46.7B"),
+    # also transformers' JambaForCausalLM of its default configuration, on meta
+    ("experiment=jamba",): (51_570_323_328, "ai21labs/Jamba-v0.1, 52B in arXiv:2403.19887"),
     # transformers' xLSTMForCausalLM of its default configuration, on meta, counts the same
     ("experiment=xlstm_7b",): (6_865_424_896, "NX-AI/xLSTM-7b, safetensors index"),
 }

@@ -30,6 +30,8 @@ SIZES = {
     "llama3_70b": 68.45e9,
     "deepseek_v3": None,  # its parts are those of an experiment: tests/config/test_presets.py
     "deepseek_v3_mini": None,
+    "mixtral_8x7b": None,
+    "jamba": None,
     "xlstm_7b": None,
 }
 

@@ -129,7 +129,8 @@ def scan(
     doc_ids_BT: Tensor | None,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y_BTD without the skip, the last state, the states before each chunk [B, M, D, K])."""
+    """(y_BTD without the skip, the last state, the states before each chunk [B, M, D, K]), all of
+    the initial state's dtype."""
     dtype = initial_BDK.dtype
     groups, kept_BT = b_BTGK.shape[2], kept_tokens(doc_ids_BT, dtype)
     h_BDK, starts, outputs = initial_BDK, [], []
@@ -142,7 +143,7 @@ def scan(
         h_BCDK = scan_chunk(decay_BCDK, writes(u, delta, b), h_BDK, span=span_of(u))
         split = rearrange(h_BCDK, "b c (g e) k -> b c g e k", g=groups)
         read = rearrange(split @ c[..., None], "b c g e 1 -> b c (g e)")
-        outputs.append(read.to(u_BTD.dtype))
+        outputs.append(read)
         h_BDK = h_BCDK[:, -1].clone()
     return torch.cat(outputs, dim=1), h_BDK, torch.stack(starts, dim=1)
 
@@ -151,7 +152,7 @@ def scan(
 def _(u_BTD, delta_BTD, A_DK, b_BTGK, c_BTGK, initial_BDK, doc_ids_BT, chunk):
     batch, tokens, _ = u_BTD.shape
     starts = initial_BDK.new_empty(batch, -(-tokens // chunk), *initial_BDK.shape[1:])
-    return torch.empty_like(u_BTD).contiguous(), torch.empty_like(initial_BDK), starts
+    return initial_BDK.new_empty(u_BTD.shape), torch.empty_like(initial_BDK), starts
 
 
 @torch.library.custom_op("llmtrain::selective_scan_backward", mutates_args=())

@@ -100,7 +100,7 @@ class SequenceContext:
         """The same context with its tensors on device (non-blocking copies)."""
         moved = {
             name: value.to(device, non_blocking=True)
-            for name in ("positions_BT", "doc_ids_BT", "cu_seqlens")
+            for name in ("positions_BT", "doc_ids_BT", "cu_seqlens", "noise_seed")
             if (value := getattr(self, name)) is not None
         }
         return replace(self, **moved)

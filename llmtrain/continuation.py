@@ -20,10 +20,12 @@ KNOBS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 def continuations(config: dict) -> list[tuple[str, str]]:
     """(prompt, continuation), `samples` of them for each prompt, of a resolved generate.yaml.
 
-    ValueError when a prompt and its continuation are longer than the model's context.
+    ValueError when a prompt and its continuation are longer than the model's context, and for a
+    depth that the model does not have.
     """
     device = ranks.device(config["device"])
     loaded = load_model(config["checkpoint"], device, DTYPES[config["precision"]])
+    loaded.model.stack.set_depth(repeats=config["repeats"], exit_threshold=config["exit_threshold"])
     tokenizer = load_tokenizer(loaded.tokenizer_file)
     spec = Existing(path=str(loaded.tokenizer_file), eot=loaded.config["tokenizer"].get("eot"))
     # It opens every document, so it stands before a prompt; generated, it ends the text.

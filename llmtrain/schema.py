@@ -144,6 +144,7 @@ class EvalConfig:
     log_samples: bool
     corpus: str | None
     batch_tokens: int
+    repeats: int | None
     device: Device
     precision: Precision
     out: str | None
@@ -163,6 +164,8 @@ class GenerateConfig:
     top_k: int | None
     top_p: float | None
     speculate: int | None
+    repeats: int | None
+    exit_threshold: float | None
     seed: int
     device: Device
     precision: Precision

@@ -15,6 +15,7 @@ from hydra.core.override_parser.types import Override
 
 from llmtrain import build, schema
 from llmtrain.groups import did_you_mean, given
+from llmtrain.model.language_model import LanguageModel
 from llmtrain.objectives.multi_token import check_depth
 
 MISSING = "???"  # a value that only `llmtrain prep` needs
@@ -54,7 +55,10 @@ def validate(command: str, config: dict, raw: dict, typed: list[Override]) -> No
         check_depth(depth, config["train"]["seq_len"])
     if command == "plan":
         check_plan(config)
-    build.build_model(config, vocab_size=build.configured_vocab_size(config), device="meta")
+    vocab_size = build.configured_vocab_size(config)
+    model = build.build_model(config, vocab_size=vocab_size, device="meta")
+    check_causal(config, model)
+    check_compile(config, model)
 
 
 def check_section(section: dict, kind: type, place: str) -> None:
@@ -167,6 +171,30 @@ def check_position(config: dict) -> None:
         )
 
 
+def check_causal(config: dict, model: LanguageModel) -> None:
+    """No mixer sees the tokens that an objective wants predicted."""
+    objective = build.label(config, "objective")
+    if not build.target(config["objective"], objective).predicts_later_tokens:
+        return
+    mixers = build.mounted(config)
+    for letter, block in zip(build.layer_letters(config), model.stack.layers, strict=True):
+        if not block.mixer.causal:
+            raise ValueError(
+                f"{mixers[letter][1]}: a token sees those after it, which {objective} wants "
+                "predicted, expected a causal mixer; choose another mixer or objective"
+            )
+
+
+def check_compile(config: dict, model: LanguageModel) -> None:
+    """One graph of the whole model needs one depth."""
+    if config["train"]["compile"] == "model" and model.stack.draws_depth:
+        raise ValueError(
+            f"train.compile: got model with stack.sampling={config['stack']['sampling']}, which "
+            "would be compiled anew for every number of iterations, expected blocks or none; set "
+            "train.compile=blocks, or stack.sampling=fixed"
+        )
+
+
 def interpolated(raw: object, section: str) -> set[str]:
     """The keys of a section that some ${section.key} of the configuration reads."""
     if isinstance(raw, dict):
@@ -229,7 +257,7 @@ def check_plan(config: dict) -> None:
 
 def check_eval(config: dict, typed: list[Override]) -> None:
     """Numbers are positive, and nothing is typed that only tasks that are not asked for read."""
-    positive(config, ("limit", "max_length", "batch_tokens"), "")
+    positive(config, ("limit", "max_length", "batch_tokens", "repeats"), "")
     positive(config["bits_per_byte"], ("stride", "max_tokens"), "bits_per_byte")
     positive(config["next_line"], ("items", "context_lines"), "next_line")
     positive(config["passkey"], ("samples",), "passkey")
@@ -255,7 +283,14 @@ def check_eval(config: dict, typed: list[Override]) -> None:
 
 
 def check_generate(config: dict, typed: list[Override]) -> None:
-    positive(config, ("max_new_tokens", "samples", "top_k", "top_p", "speculate"), "")
+    numbers = ("max_new_tokens", "samples", "top_k", "top_p", "speculate")
+    positive(config, (*numbers, "repeats", "exit_threshold"), "")
+    if config["speculate"] is not None and config["exit_threshold"] is not None:
+        raise ValueError(
+            f"exit_threshold: got {config['exit_threshold']} with speculate={config['speculate']}, "
+            "which checks several tokens at once and ends none of them early, expected one of the "
+            "two; remove either"
+        )
     if config["temperature"] < 0:
         raise ValueError(
             f"temperature: got {config['temperature']}, expected 0 (greedy) or more; "

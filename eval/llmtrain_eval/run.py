@@ -26,6 +26,7 @@ from llmtrain import checkpoint
 from llmtrain.build import DTYPES, build_model
 from llmtrain.config import load as load_config
 from llmtrain.data.loader import TokenLoader
+from llmtrain.model.language_model import LanguageModel
 from llmtrain.model.position import Learned
 from llmtrain_eval import bits_per_byte, harness, passkey, ranks, report
 from llmtrain_eval.adapter import LlmtrainLM, progress
@@ -41,7 +42,7 @@ def run_eval(config: dict) -> dict:
     """Evaluate as a resolved eval.yaml says; returns what results.json holds. All ranks call it.
 
     ValueError for a missing or damaged checkpoint, unknown tasks, data that cannot be had,
-    contexts that the model cannot take, a corpus of another tokenizer.
+    contexts or a depth that the model cannot take, a corpus of another tokenizer.
     """
     device = ranks.device(config["device"])
     joined = ranks.join(device)
@@ -59,6 +60,7 @@ class Evaluation:
         self.config, self.device = config, device
         self.folder = checkpoint.resolve(config["checkpoint"])
         self.trained = load_config(self.folder)
+        self.outline.stack.set_depth(repeats=config["repeats"])
         self.out = Path(config["out"] or Path(config["checkpoint"]) / "eval")
         names = config["tasks"]
         self.probes = [name for name in PROBES if name in names]
@@ -78,10 +80,15 @@ class Evaluation:
             log.warning("%s", warning)
 
     @cached_property
+    def outline(self) -> LanguageModel:
+        """The model without its values."""
+        vocab_size = checkpoint.read_manifest(self.folder).vocab_size
+        return build_model(self.trained, vocab_size=vocab_size, device="meta")
+
+    @cached_property
     def limit(self) -> int | None:
         """The longest context that the model can read, None if there is none."""
-        vocab_size = checkpoint.read_manifest(self.folder).vocab_size
-        position = build_model(self.trained, vocab_size=vocab_size, device="meta").position
+        position = self.outline.position
         return position.max_seq_len if isinstance(position, Learned) else None
 
     @cached_property
@@ -172,6 +179,7 @@ class Evaluation:
         began = time.perf_counter()
         precision = self.config["precision"]
         loaded = checkpoint.load_model(self.folder, self.device, DTYPES[precision])
+        loaded.model.stack.set_depth(repeats=self.config["repeats"])
         if ranks.rank() == 0:
             report.set_aside(self.out)
         results: dict = {

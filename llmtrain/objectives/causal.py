@@ -9,7 +9,7 @@ arXiv:2204.02311, section 5, coefficient 1e-4) keeps logits from drifting.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,8 @@ class Causal(nn.Module):
     """z_loss: coefficient, 0 is off. chunk_tokens: null, or compute the head and the loss that many
     tokens at a time and again in the backward pass; memory for [chunk_tokens, O] instead of
     [B*T, O] logits, for one more head projection (2 D O FLOPs per token)."""
+
+    predicts_later_tokens: ClassVar[bool] = True  # so that no mixer may see them
 
     def __init__(self, *, z_loss: float = 0.0, chunk_tokens: int | None = None):
         super().__init__()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from llmtrain import build, config, groups
 
@@ -31,10 +32,20 @@ def test_resolved(command):
         assert "???" not in str(value), place
 
 
+def needed(group, name):
+    """What an option cannot do without; rotary positions would have no effect on some mixers."""
+    typed = WITH.get((group, name), [])
+    if group != "mixer":
+        return typed
+    node = yaml.safe_load((groups.config_root() / "mixer" / f"{name}.yaml").read_text())
+    rotated = build.target(node, f"mixer={name}").uses_positions
+    return typed if rotated else [*typed, "position=none"]
+
+
 @pytest.mark.parametrize(("group", "name"), OPTIONS, ids=[f"{g}={n}" for g, n in OPTIONS])
 def test_every_option_composes(group, name):
     """compose() also builds the model on meta and compares knobs with signatures."""
-    made = config.compose("train", [f"{group}={name}", *WITH.get((group, name), [])])
+    made = config.compose("train", [f"{group}={name}", *needed(group, name)])
     assert made["choices"][group] == name
 
 
@@ -78,6 +89,49 @@ def test_hybrid_by_a_list_and_by_an_experiment(tmp_path):
     made = config.compose("train", ["experiment=mine"], config_dirs=[tmp_path])
     assert build.layer_letters(made) == ["b", "a", "b"]
     assert config.compose("prep", ["experiment=mine"], config_dirs=[tmp_path])["data"]
+
+
+def test_channels_by_letter():
+    typed = ["+channel@channels.b=none", "stack.channel_pattern=ab"]
+    made = config.compose("train", typed)
+    assert made["choices"]["channel@channels.b"] == "none"
+    model = build.build_model(made, vocab_size=256, device="meta")
+    assert [block.norm2 is None for block in model.stack.blocks] == [False, True] * 2
+
+
+def test_a_stack_mounts_a_mixer_that_can_be_changed():
+    made = config.compose("train", ["stack=hybrid", "mixer=mqa"])
+    assert made["choices"]["mixer@mixers.b"] == "attention"
+    assert build.layer_letters(made) == ["a", "a", "a", "b"]
+    assert made["mixers"]["b"]["n_kv_heads"] == made["model"]["n_kv_heads"]
+    typed = ["stack=hybrid", "mixer@mixers.b=sliding_window", "mixers.b.window=7"]
+    made = config.compose("train", typed)
+    assert made["choices"]["mixer@mixers.b"] == "sliding_window"
+    assert made["mixers"]["b"]["window"] == 7
+    more = ["+mixer@mixers.c=mha", "stack.pattern=abca"]
+    assert set(config.compose("train", [*typed, *more])["mixers"]) == {"b", "c"}
+
+
+def test_an_experiment_may_choose_the_stack_that_mounts(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /stack: hybrid\n"
+        "  - override /mixer@mixers.b: mha\n"
+    )
+    made = config.compose("train", ["experiment=mine"], config_dirs=[tmp_path])
+    assert made["choices"]["mixer@mixers.b"] == "mha"
+    typed = ["experiment=mine", "mixer@mixers.b=mqa"]
+    made = config.compose("train", typed, config_dirs=[tmp_path])
+    assert made["choices"]["mixer@mixers.b"] == "mqa"
+
+
+def test_layers_of_a_shared_letter_are_one_block():
+    typed = ["stack.pattern=abab", "+mixer@mixers.b=mqa", "stack.shared=b"]
+    model = build.build_model(config.compose("train", typed), vocab_size=256, device="meta")
+    a, b, c, d = model.stack.layers
+    assert b is d
+    assert a is not c
+    assert len(model.stack.blocks) == 3
 
 
 def test_options_of_the_users_own_folder(tmp_path):

@@ -118,6 +118,92 @@ CASES = {
         ["+mixer@mixers.b=sliding_window"],
         ["mixer@mixers.b=sliding_window: has no effect", "letter 'b'", "stack.pattern"],
     ),
+    "channel mounted at no letter": (
+        "train",
+        ["+channel@mixers.b=gelu"],
+        ["got package 'mixers.b'", "+channel@channels.b=<option>", "stack.channel_pattern"],
+    ),
+    "group that is not mounted": (
+        "train",
+        ["+norm@channels.b=layernorm"],
+        ["got package 'channels.b'", "a further mixer or channel"],
+    ),
+    "channel letter without channel": (
+        "train",
+        ["model.n_layers=4", "stack.channel_pattern=ab"],
+        ["stack.channel_pattern: letter 'b' names no channel", "+channel@channels.b=<option>"],
+    ),
+    "channel without letter": (
+        "train",
+        ["+channel@channels.b=gelu"],
+        ["channel@channels.b=gelu: has no effect", "letter 'b'", "stack.channel_pattern"],
+    ),
+    "channel pattern that does not divide": (
+        "train",
+        ["model.n_layers=5", "stack.channel_pattern=ab", "+channel@channels.b=gelu"],
+        ["stack.channel_pattern: got 'ab' (2 letters) for model.n_layers=5", "list"],
+    ),
+    "mounted by the stack already": (
+        "train",
+        ["stack=hybrid", "+mixer@mixers.b=mha"],
+        ["mixers.b is already mounted (mixer@mixers.b=attention)", "without +"],
+    ),
+    "mixer of a stack that is not chosen": (
+        "train",
+        ["mixer@mixers.b=mha", "stack=decoder"],
+        ["not mounted yet", "leading +"],
+    ),
+    "shared letter that stands once": (
+        "train",
+        ["stack=hybrid", "stack.shared=b"],
+        ["stack.shared: letter 'b' stands 1 times", "at least 2 layers"],
+    ),
+    "shared letter without layer": (
+        "train",
+        ["stack.shared=c"],
+        ["stack.shared: letter 'c' stands 0 times"],
+    ),
+    "shared layers with different channels": (
+        "train",
+        ["stack.shared=a", "stack.channel_pattern=ab", "+channel@channels.b=gelu"],
+        ["stack.shared: the layers of letter 'a' have the channels a, b", "channel_pattern"],
+    ),
+    "shared block as the last layer": (
+        "train",
+        ["stack=shared_attention", "stack.pattern=aaab"],
+        ["stack=shared_attention: shared block", "change stack.pattern"],
+    ),
+    "shared attention without attention": (
+        "train",
+        ["stack=shared_attention", "mixers.b.d_input=64"],
+        ["mixer@mixers.b=attention", "2 * model.d_model = 256", "d_input left at null"],
+    ),
+    "no iterations": ("train", ["stack=recurrent_depth", "stack.repeats=0"], ["repeats: got 0"]),
+    "depth of a stack that repeats nothing": (
+        "train",
+        ["stack.repeats=2"],
+        ["stack has no key 'repeats'"],
+    ),
+    "one graph for sampled depths": (
+        "train",
+        ["stack=recurrent_depth", "train.compile=model"],
+        ["train.compile: got model with stack.sampling=lognormal_poisson", "compile=blocks"],
+    ),
+    "iterations of an evaluation": (
+        "eval",
+        ["checkpoint=runs/x", "repeats=0"],
+        ["repeats: got 0, expected more than 0"],
+    ),
+    "iterations of a generation": (
+        "generate",
+        ["checkpoint=runs/x", "repeats=-1"],
+        ["repeats: got -1, expected more than 0"],
+    ),
+    "early exit of tokens checked together": (
+        "generate",
+        ["checkpoint=runs/x", "exit_threshold=0.1", "speculate=2"],
+        ["exit_threshold: got 0.1 with speculate=2", "remove either"],
+    ),
     "model size that nothing reads": (
         "train",
         ["position=sinusoidal", "model.rope_theta=5000"],
@@ -217,6 +303,23 @@ def test_unknown_key_in_an_experiment(tmp_path):
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\ntrain: {seqlen: 8}\n")
     with pytest.raises(ValueError, match="seqlen"):
         compose("train", ["experiment=mine"], config_dirs=[tmp_path])
+
+
+def test_the_causal_objective_needs_causal_mixers(monkeypatch):
+    from llmtrain.mixers.attention import Attention
+
+    assert compose("train", [])
+    monkeypatch.setattr(Attention, "causal", False)
+    with pytest.raises(ValueError, match=r"mixer=attention: a token sees those after it"):
+        compose("train", [])
+    hybrid = ["+mixer@mixers.b=mamba2", "stack.pattern=bbba"]
+    with pytest.raises(ValueError, match=r"mixer=attention: a token sees .*objective=causal"):
+        compose("train", hybrid)
+
+
+def test_one_graph_of_a_fixed_depth():
+    fixed = ["stack=recurrent_depth", "stack.sampling=fixed"]
+    assert compose("train", [*fixed, "train.compile=model"])
 
 
 def test_rotary_positions_need_a_mixer_that_reads_them(monkeypatch):

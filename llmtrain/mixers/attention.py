@@ -251,23 +251,32 @@ class Attention(Mixer):
         self, state: State, k_BTGK: Tensor, v_BTGV: Tensor, ctx: SequenceContext
     ) -> State:
         """Puts the tokens that stay into their slots, in place; the state's buffers live on."""
-        slots, tokens = state["k"].shape[1], k_BTGK.shape[1]
-        ring = max(slots - self.sinks, 0)
-        # of a long prefill only the sinks and the last tokens stay, so no slot is written twice
-        sunk = max(0, min(self.sinks - ctx.prefix_tokens, tokens))
-        last = max(sunk, tokens - ring)
+        slots = state["k"].shape[1]
+        sunk, last = self.kept(k_BTGK.shape[1], slots, ctx.prefix_tokens)
 
         def staying(x_BT: Tensor) -> Tensor:
             return torch.cat([x_BT[:, :sunk], x_BT[:, last:]], dim=1) if sunk else x_BT[:, last:]
 
         positions_BT = staying(ctx.positions_BT)
         rows_B1 = torch.arange(positions_BT.shape[0], device=positions_BT.device)[:, None]
-        where_BT = self.sinks + (positions_BT - self.sinks) % max(ring, 1)
-        where_BT = torch.where(positions_BT < self.sinks, positions_BT, where_BT)
+        where_BT = self.slot(positions_BT, slots)
         state["k"][rows_B1, where_BT] = staying(k_BTGK).to(state["k"].dtype)
         state["v"][rows_B1, where_BT] = staying(v_BTGV).to(state["v"].dtype)
         state["positions"][rows_B1, where_BT] = positions_BT
         return state
+
+    def kept(self, tokens: int, slots: int, prefix_tokens: int) -> tuple[int, int]:
+        """(a, b): of so many new tokens [0, a) stay as sinks and [b, tokens) as the last ones.
+
+        Their slots differ: what a slot written twice would hold is not defined.
+        """
+        sunk = max(0, min(self.sinks - prefix_tokens, tokens))
+        return sunk, max(sunk, tokens - max(slots - self.sinks, 0))
+
+    def slot(self, positions_BT: Tensor, slots: int) -> Tensor:
+        """Where each position lies in a cache of so many slots."""
+        ring_BT = self.sinks + (positions_BT - self.sinks) % max(slots - self.sinks, 1)
+        return torch.where(positions_BT < self.sinks, positions_BT, ring_BT)
 
 
 def check_heads(d_model: int, n_heads: int, n_kv_heads: int, head_dim: int | None) -> None:

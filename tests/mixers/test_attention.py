@@ -167,6 +167,23 @@ def test_sinks_stay_beside_the_window():
         assert state["positions"].tolist() == [[0, 1, 20, 18, 19]] * B
 
 
+@pytest.mark.parametrize("sinks", [0, 1, 4])
+@pytest.mark.parametrize("slots", [1, 4, 7, 40])
+@pytest.mark.parametrize("prefix", [0, 2, 20])
+def test_no_slot_is_written_twice(sinks, slots, prefix):
+    """Which write would win differs between devices. The newest tokens and the sinks are kept."""
+    mixer = attention(window=3, sinks=sinks)
+    tokens = 15
+    sunk, last = mixer.kept(tokens, slots, prefix)
+    kept = prefix + torch.tensor([*range(sunk), *range(last, tokens)])
+    where = mixer.slot(kept, slots).tolist()
+    assert len(set(where)) == len(where)
+    assert all(0 <= slot < max(slots, sinks) for slot in where)
+    newest = range(max(prefix, prefix + tokens - max(slots - sinks, 0)), prefix + tokens)
+    wanted = {*range(prefix, min(sinks, prefix + tokens)), *newest}
+    assert set(kept.tolist()) == wanted
+
+
 def test_input_wider_than_the_model():
     """d_input: queries, keys and values read it, the output has the model's width."""
     mixer, x_BTI = attention(d_input=48, output_gate=True), noise(B, T, 48)

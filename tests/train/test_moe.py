@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmtrain.channels.moe import MoE
 from llmtrain.checkpoint import FragmentReader, load_model
 from llmtrain.train.loop import train
 
@@ -142,6 +143,28 @@ def test_trained_model_loads_with_its_bias(outputs):
     for ours, saved in zip(found, biases(outputs[2] / "straight", STEPS), strict=True):
         assert ours.equal(saved)
     assert not model.training  # no noise, no capacity
+
+
+def test_loads_of_repeated_layers_and_of_further_token_modules(configure, tmp_path):
+    """A core applied r times has r times the pairs, under one place; a module has its own."""
+    steps = ("train.total_tokens=1024", "train.save_every=100", "train.val_every=100")
+    stack = ("stack=recurrent_depth", "stack.sampling=fixed", "stack.repeats=3", "model.n_layers=3")
+    seen = {}
+
+    def record(channel, sums, after_step=MoE.after_step):
+        seen.setdefault(id(channel), []).append(sums["load"].sum().item())
+        return after_step(channel, sums)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MoE, "after_step", record)
+        train(configure("run", *MOE, *stack, *steps, "objective=multi_token"))
+    assert list(seen.values()) == [[float(n * PAIRS)] * 4 for n in (1, 3, 1, 1)]
+    last = [line for line in lines(tmp_path / "run", "metrics") if line["kind"] == "train"][-1]
+    places = {key.split("/")[1] for key in last if key.endswith("max_load")}
+    assert places == {"l00", "l01", "l02", "mtp0"}
+    found = tensors(checkpoint_at(tmp_path / "run", 4))
+    moved = [name for name in found if name.endswith("expert_bias") and found[name].any()]
+    assert len(moved) == 4
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ shared_gate: times sigmoid(w . x) (Qwen). Nothing is dropped, unless capacity_fa
 training an expert takes at most ceil(capacity_factor * N A / E) of a micro-batch's pairs (Switch,
 arXiv:2101.03961, eq. 3), and those of the rows and tokens that come last are left out.
 
-Even loads, three ways that can be combined:
+Against uneven loads, and router logits that grow; all can be combined:
 
     balance_loss       coefficient of E sum_e f_e P_e (router.balance_loss), over a micro-batch
                        or the mean over its rows
@@ -271,6 +271,11 @@ def check_balancing(
     if balance not in BALANCES:
         raise ValueError(
             f"balance: got {balance!r}, expected one of {', '.join(BALANCES)}; set channel.balance"
+        )
+    if balance != "micro_batch" and balance_loss == 0:
+        raise ValueError(
+            f"balance: got {balance} with balance_loss=0, where it has no effect, expected "
+            "micro_batch; set channel.balance_loss, or channel.balance=micro_batch"
         )
     if capacity_factor is not None and capacity_factor <= 0:
         raise ValueError(

@@ -412,6 +412,10 @@ def test_step_is_forward(build_model):
         ({"z_loss": -0.1}, r"z_loss: got -0.1, expected >= 0; set channel.z_loss"),
         ({"bias_update_speed": -1.0}, r"bias_update_speed: got -1.0, expected >= 0; set channel."),
         ({"balance": "row"}, r"balance: got 'row', expected one of micro_batch, sequence; set cha"),
+        (
+            {"balance": "sequence", "balance_loss": 0.0},
+            r"balance: got sequence with balance_loss=0, where it has no effect, expected micro_ba",
+        ),
         ({"capacity_factor": 0.0}, r"capacity_factor: got 0.0, expected more than 0, or null to d"),
         ({"backend": "fast"}, r"moe: got backend='fast', expected auto or one of grouped, loop; s"),
     ],

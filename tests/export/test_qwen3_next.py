@@ -5,15 +5,22 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import Qwen3NextConfig
+from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 from transformers.models.qwen3_next.modeling_qwen3_next import (
     Qwen3NextGatedDeltaNet,
     Qwen3NextRMSNorm,
     Qwen3NextRMSNormGated,
 )
 
+from llmtrain import build
+from llmtrain.config import compose
 from llmtrain.context import SequenceContext
-from llmtrain.export.qwen3_next import deltanet_weights, qwen3_next_weights, to_qwen3_next
+from llmtrain.export.qwen3_next import (
+    deltanet_weights,
+    qwen3_next_config,
+    qwen3_next_weights,
+    to_qwen3_next,
+)
 from llmtrain.mixers.gated_deltanet import GatedDeltaNet
 from llmtrain.model.init import initialise
 
@@ -160,6 +167,49 @@ def test_float32_and_saved_files(build_model, shuffle_norms, random_tokens, tmp_
     tokens = random_tokens()
     logits = model.logits(model(tokens, SequenceContext.dense(*tokens.shape)).hidden_BTD)
     torch.testing.assert_close(logits, theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_published_80b():
+    """The preset's parts are those of the published configuration; 3.9B parameters, 3B without
+    embedding and head, work on a token."""
+    config = compose("train", ["experiment=qwen3_next_80b_a3b"])
+    model = build.build_model(config, vocab_size=151936, device="meta")
+    published = Qwen3NextConfig(
+        vocab_size=151936,
+        hidden_size=2048,
+        num_hidden_layers=48,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        head_dim=256,
+        linear_conv_kernel_dim=4,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        linear_num_key_heads=16,
+        linear_num_value_heads=32,
+        moe_intermediate_size=512,
+        shared_expert_intermediate_size=512,
+        num_experts=512,
+        num_experts_per_tok=10,
+        norm_topk_prob=True,
+        full_attention_interval=4,
+        max_position_embeddings=262144,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000000.0,
+            "partial_rotary_factor": 0.25,
+        },
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    assert qwen3_next_config(model).to_dict() == published.to_dict()
+    with torch.device("meta"):
+        theirs = Qwen3NextForCausalLM(published)
+    ours = sum(p.numel() for p in model.parameters())
+    assert ours == theirs.num_parameters() == 79_674_391_296
+    idle = sum(block.channel.idle_parameters() for block in model.stack.blocks)
+    assert round((ours - idle) / 1e9, 1) == 3.9
 
 
 @pytest.mark.parametrize(

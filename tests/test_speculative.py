@@ -83,11 +83,25 @@ def test_greedy_text_with_every_mixer(build_model, monkeypatch, mixer):
     check_against_greedy(model, 2, monkeypatch)
 
 
+MAMBA = ("mixer.head_dim=12", "mixer.d_state=8", "mixer.chunk=4")
 CASES = {
     "hybrid": (("mixers.b.window=4", "stack.pattern=ab"), {"mixers": {"b": "sliding_window"}}),
     "learned": ((), {"position": "learned"}),
     "post": (("stack.norm_position=post",), {"norm": "layernorm"}),
     "moe": ((), {"channel": "moe"}),
+    "recurrent_depth": (("model.n_layers=3", "stack.repeats=3"), {"stack": "recurrent_depth"}),
+    "recurrent_depth_of_mamba2": (
+        (*MAMBA, "model.n_layers=4", "stack.pattern=abab", "stack.repeats=3"),
+        {"mixer": "mamba2", "mixers": {"b": "sliding_window"}, "stack": "recurrent_depth"},
+    ),
+    "shared_layers": (
+        (*MAMBA, "model.n_layers=4", "stack.pattern=ab", "stack.shared=b"),
+        {"mixer": "mamba2", "mixers": {"b": "attention"}},
+    ),
+    "shared_attention": (
+        (*MAMBA, "model.n_layers=4"),
+        {"mixer": "mamba2", "mixers": {"b": "attention"}, "stack": "shared_attention"},
+    ),
 }
 
 
@@ -102,6 +116,16 @@ def test_greedy_text(make, monkeypatch, case, depth, drafts):
 def test_greedy_text_whenever_tokens_are_read_again(make, monkeypatch, limit):
     monkeypatch.setattr(speculative, "MAX_UNREAD", limit)
     check_against_greedy(make(3, mixer="sliding_window"), 3, monkeypatch)
+
+
+@pytest.mark.parametrize("repeats", [1, 6])
+def test_greedy_text_at_another_depth(make, monkeypatch, repeats):
+    """Iterations that the model was not made with."""
+    model = make(2, "model.n_layers=3", "stack.repeats=3", stack="recurrent_depth")
+    before = generate(model, PROMPTS, max_new_tokens=10)
+    model.stack.set_depth(repeats=repeats)
+    assert generate(model, PROMPTS, max_new_tokens=10) != before
+    check_against_greedy(model, 2, monkeypatch)
 
 
 def test_forward_passes(make, monkeypatch):
@@ -146,7 +170,7 @@ def test_drafts_are_the_modules_predictions(build_model, monkeypatch, mixer, dep
     changes = {
         "attention": (),
         "sliding_window": ("mixer.window=3",),
-        "mamba2": ("mixer.head_dim=12", "mixer.d_state=8", "mixer.chunk=4"),
+        "mamba2": MAMBA,
     }[mixer]
     model = build_model(
         *SMALL,

@@ -9,7 +9,7 @@ token's logits only, and further heads read the same hidden vectors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -153,6 +153,8 @@ class LanguageModel(nn.Module):
         x_BTD = self.embedding(tokens_BT).to(self.compute_dtype)
         if known_BT is not None:
             x_BTD = torch.where(known_BT[..., None], x_BTD, 0)
+        # what only the stack reads would make compiled blocks look different
+        ctx = replace(ctx, repeats=None, noise_seed=None)
         ctx = ctx.with_rotary(self.position.rotary(ctx))
         if self.stack.activation_checkpointing == "full" and torch.is_grad_enabled():
             return checkpoint(

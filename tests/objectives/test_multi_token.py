@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from llmtrain import build
 from llmtrain.accounting import (
     activation_bytes,
     flops_per_token,
@@ -11,9 +12,12 @@ from llmtrain.accounting import (
     parameters_by_part,
     train_flops_per_token,
 )
+from llmtrain.config import compose
 from llmtrain.context import SequenceContext
+from llmtrain.data.batch import MicroBatch
 from llmtrain.objectives.causal import Causal
 from llmtrain.objectives.multi_token import MultiToken
+from llmtrain.train.module import TrainModule
 
 SMALL = (
     "model.d_model=24",
@@ -33,11 +37,11 @@ STARTS = {0: (), 1: (1, 3, 6, 10), 2: (9, 12)}
 def make(build_model):
     """make(depth, *changes, **options): a float64 model with its modules."""
 
-    def build(depth, *changes, **options):
+    def make_model(depth, *changes, **options):
         options = {"objective": "multi_token", **options}
         return build_model(*SMALL, f"objective.depth={depth}", *changes, **options)
 
-    return build
+    return make_model
 
 
 def batch(dense=False, rows=ROWS):
@@ -107,7 +111,9 @@ def definition(model, tokens_BT, weights_BT, ctx, depth, z_loss=0.0):
             inside = inside.with_rotary(model.position.rotary(inside))
             y, _, _ = module.block(torch.stack(x)[None], inside)  # eq. 22
             hidden = [
-                y_D if module.block.norm_position == "post" else normalise(y_D, module.norm)
+                y_D
+                if module.block.norm_position in ("post", "sandwich")
+                else normalise(y_D, module.norm)
                 for y_D in y[0]
             ]
             for i in range(length - k - 1):
@@ -121,17 +127,26 @@ def definition(model, tokens_BT, weights_BT, ctx, depth, z_loss=0.0):
     return total, ces, counts
 
 
+MOE = ("channel.n_experts=4", "channel.balance_loss=0.0", "channel.z_loss=0.0")
 CASES = {
     "gqa": ((), {}, False),
     "dense": ((), {}, True),
     "untied": (("model.tie_embeddings=false",), {"norm": "layernorm"}, False),
     "post": (("stack.norm_position=post",), {}, False),
+    "sandwich": (("stack.norm_position=sandwich",), {}, False),
     "learned": ((), {"position": "learned"}, False),
-    "hybrid": (("mixers.b.window=3", "stack.pattern=ab"), {"mixers": {"b": "sliding_window"}}, 0),
-    "mamba2": (
-        ("mixer.head_dim=12", "mixer.d_state=8"),
-        {"mixer": "mamba2", "position": "none"},
-        0,
+    "hybrid": (
+        ("mixers.b.window=3", "stack.pattern=ab"),
+        {"mixers": {"b": "sliding_window"}},
+        False,
+    ),
+    "mamba2": (("mixer.head_dim=12", "mixer.d_state=8"), {"mixer": "mamba2"}, False),
+    "moe": (MOE, {"channel": "moe"}, False),
+    "recurrent_depth": (("model.n_layers=3",), {"stack": "recurrent_depth"}, False),
+    "shared_attention": (
+        ("mixer.head_dim=12", "mixer.d_state=8", "model.n_layers=4"),
+        {"mixer": "mamba2", "mixers": {"b": "attention"}, "stack": "shared_attention"},
+        False,
     ),
 }
 
@@ -260,6 +275,34 @@ def test_accounting(make, build_model):
     for chunk, heads in ((None, 3), (10, 1)):
         sizes = [logits_bytes(m, 100, compiled=False, chunk_tokens=chunk) for m in (model, plain)]
         assert sizes[0] == heads * sizes[1]
+
+
+def test_size_of_the_module_of_deepseek_v3():
+    """By hand; the card of the released model says 11.5B beside embedding and head."""
+    config = compose("train", ["experiment=deepseek_v3"])
+    counts = parameters_by_part(build.build_model(config, vocab_size=129280, device="meta"))
+    d, heads = 7168, 128
+    queries = d * 1536 + 1536 + 1536 * heads * (128 + 64)
+    keys_values = d * (512 + 64) + 512 + 512 * heads * (128 + 128)
+    experts = (256 + 1) * 3 * d * 2048 + 256 * d
+    block = queries + keys_values + heads * 128 * d + experts + 2 * d
+    assert counts["mtp"] == 2 * d * d + 3 * d + block == 11_610_067_968
+
+
+def test_experts_of_the_modules_are_balanced_by_themselves(make):
+    changes = ("channel.n_experts=4", "channel.bias_update_speed=0.1")
+    model, (tokens, targets, weights, ctx) = make(2, *changes, channel="moe"), batch()
+    module = TrainModule(model, MultiToken(depth=2), torch.ones(50))
+    _, _, aux = module(
+        MicroBatch(tokens_BT=tokens, targets_BT=targets, weights_BT=weights, ctx=ctx)
+    )
+    own = {key: value for key, value in aux.items() if key.startswith("sum/mtp1/")}
+    assert own
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    module.after_step(own)
+    changed = {name for name, x in model.named_buffers() if not torch.equal(x, before[name])}
+    assert changed
+    assert all(name.startswith("mtp.1.block.channel.") for name in changed)
 
 
 def test_recomputation_changes_no_gradient(make):

@@ -18,8 +18,17 @@ PRESETS = {
     ("experiment=mixtral_8x7b",): (46_702_792_704, "mistralai/Mixtral-8x7B-v0.1, 46.7B"),
     # also transformers' JambaForCausalLM of its default configuration, on meta
     ("experiment=jamba",): (51_570_323_328, "ai21labs/Jamba-v0.1, 52B in arXiv:2403.19887"),
+    # its authors' implementation has 288 more: a bias of beta and one number a head without effect
+    ("experiment=gated_deltanet_1_3b",): (1_309_295_488, "1.3B in arXiv:2412.06464, 16 layers"),
+    # also transformers' Qwen3NextForCausalLM of the published configuration, on meta
+    ("experiment=qwen3_next_80b_a3b",): (79_674_391_296, "Qwen/Qwen3-Next-80B-A3B, without MTP"),
     # transformers' xLSTMForCausalLM of its default configuration, on meta, counts the same
     ("experiment=xlstm_7b",): (6_865_424_896, "NX-AI/xLSTM-7b, safetensors index"),
+    # transformers' Mamba2ForCausalLM of the published configurations, on meta, counts the same:
+    # vocabulary of 50277, in rows a multiple of 16
+    ("experiment=mamba2_370m",): (368_346_624, "state-spaces/mamba2-370m"),
+    ("experiment=mamba2_2_7b",): (2_702_599_680, "state-spaces/mamba2-2.7b"),
+    ("experiment=mamba2_8b",): (8_236_999_680, "arXiv:2406.07887, 8B"),
 }
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import Mamba2Config, Mamba2ForCausalLM
 from transformers.models.mamba2 import modeling_mamba2 as theirs_code
 
 from llmtrain.context import SequenceContext
@@ -134,6 +135,34 @@ def test_configuration(build_model):
     assert not config.use_bias
     assert config.use_conv_bias
     assert tuple(config.time_step_limit) == (0.0, float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("preset", "layers", "groups", "vocab", "count"),
+    [("mamba2_370m", 48, 1, 50288, 368_346_624), ("mamba2_8b", 56, 8, 256000, 8_236_999_680)],
+)
+def test_published_sizes(build_model, preset, layers, groups, vocab, count):
+    """The sizes of the presets are those under which transformers counts the same parameters."""
+    changes = ("mixer.dt_limit=[0.0,.inf]", "mixer.chunk=256", f"mixer.n_groups={groups}")
+    build = {"vocab_size": vocab, "device": "meta", "dtype": torch.float32}
+    model = build_model(*changes, **{**OPTIONS, "model": preset}, **build)
+    width = 4096 if preset == "mamba2_8b" else 1024
+    published = Mamba2Config(
+        vocab_size=vocab,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_heads=2 * width // 64,
+        n_groups=groups,
+        tie_word_embeddings=preset == "mamba2_370m",
+        residual_in_fp32=False,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    assert mamba2_config(model).to_dict() == published.to_dict()
+    with torch.device("meta"):
+        assert Mamba2ForCausalLM(published).num_parameters() == count
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
 @pytest.mark.parametrize(

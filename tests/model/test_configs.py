@@ -33,6 +33,11 @@ SIZES = {
     "mixtral_8x7b": None,
     "jamba": None,
     "xlstm_7b": None,
+    "gated_deltanet_1_3b": None,
+    "qwen3_next_80b_a3b": None,
+    "mamba2_370m": None,
+    "mamba2_2_7b": None,
+    "mamba2_8b": None,
 }
 
 

@@ -219,16 +219,19 @@ def chunked(
     # 2. gates and keys; the difference of two m first, as either may be far larger than log f
     g_BTH = log_f_BTH + (shifted(fixed_m_BTH, m0_BH, starts_BT) - fixed_m_BTH)
     keys_BTHK = (k_BTHK * (i_BTH - fixed_m_BTH).exp()[..., None]).to(k_BTHK.dtype)
-    # 3. numerator and denominator
-    values_BTHV = F.pad(v_BTHV, (0, 1), value=1.0)
+    # 3. numerator and denominator; zeros fill up the column of ones, as matrix products of widths
+    # that are no multiple of 8 are slow on a GPU
+    column = (torch.arange(8 - width % 8, device=v_BTHV.device) == 0).to(v_BTHV.dtype)
+    values_BTHV = torch.cat([v_BTHV, column.expand(*v_BTHV.shape[:3], -1)], dim=-1)
     start = None
     if initial_state is not None:
         start = torch.cat([initial_state[0], initial_state[1][..., None]], dim=-1)
+        start = F.pad(start, (0, len(column) - 1))
     o_BTHV, state_BHKV = scalar_decay(
         q_BTHK, keys_BTHK, values_BTHV, g_BTH, initial_state_BHKV=start, **rest
     )
-    n_q_BTH1 = o_BTHV[..., width:].to(dtype).abs()
-    below_BTH = torch.maximum(n_q_BTH1[..., 0], denominator_floor(fixed_m_BTH))
+    n_q_BTH = o_BTHV[..., width].to(dtype)
+    below_BTH = torch.maximum(n_q_BTH.abs(), denominator_floor(fixed_m_BTH))
     # eps stands beside quantities that were divided by exp(m): the gradient of m
     below_BTH = below_BTH + eps * (m_BTH - fixed_m_BTH).exp()
     h_BTHV = (o_BTHV[..., :width] / below_BTH[..., None]).to(v_BTHV.dtype)

@@ -22,8 +22,9 @@ PRESETS = {
     ("experiment=gated_deltanet_1_3b",): (1_309_295_488, "1.3B in arXiv:2412.06464, 16 layers"),
     # also transformers' Qwen3NextForCausalLM of the published configuration, on meta
     ("experiment=qwen3_next_80b_a3b",): (79_674_391_296, "Qwen/Qwen3-Next-80B-A3B, without MTP"),
-    # transformers' xLSTMForCausalLM of its default configuration, on meta, counts the same
-    ("experiment=xlstm_7b",): (6_865_424_896, "NX-AI/xLSTM-7b, safetensors index"),
+    # transformers' xLSTMForCausalLM of its default configuration, which is NX-AI/xLSTM-7b's, on
+    # meta, counts the same: tests/export/test_xlstm.py
+    ("experiment=xlstm_7b",): (6_865_424_896, "arXiv:2503.13427, 7B"),
     # transformers' Mamba2ForCausalLM of the published configurations, on meta, counts the same:
     # vocabulary of 50277, in rows a multiple of 16
     ("experiment=mamba2_370m",): (368_346_624, "state-spaces/mamba2-370m"),

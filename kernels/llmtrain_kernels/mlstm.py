@@ -203,17 +203,34 @@ def chunked(
     dtype = torch.promote_types(v_BTHV.dtype, torch.float32)
     i_BTH, log_f_BTH = i_BTH.to(dtype), log_forget(f_BTH.to(dtype))
     rest = {"scale": scale, "doc_ids_BT": doc_ids_BT, "return_state": return_state, "chunk": chunk}
-    if input_gate == "sigmoid":
+    if input_gate == "sigmoid":  # steps 1 and 2 are the gates themselves
         keys_BTHK = (k_BTHK * i_BTH.sigmoid()[..., None]).to(k_BTHK.dtype)
         start = None if initial_state is None else initial_state[0]
         h_BTHV, C_BHKV = scalar_decay(
             q_BTHK, keys_BTHK, v_BTHV, log_f_BTH, initial_state_BHKV=start, **rest
         )
         return h_BTHV, None if C_BHKV is None else (C_BHKV,)
+    return exponential_chunks(q_BTHK, k_BTHK, v_BTHV, i_BTH, log_f_BTH, eps, initial_state, **rest)
 
+
+def exponential_chunks(
+    q_BTHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHV: Tensor,
+    i_BTH: Tensor,
+    log_f_BTH: Tensor,
+    eps: float,
+    initial_state: tuple[Tensor, ...] | None,
+    *,
+    scale: float | None,
+    doc_ids_BT: Tensor | None,
+    return_state: bool,
+    chunk: int,
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """Exponential input gates. i_BTH, log_f_BTH: float32 or float64."""
     # 1. the stabiliser
     starts_BT, width = document_starts(doc_ids_BT), v_BTHV.shape[3]
-    m0_BH = torch.zeros_like(i_BTH[:, 0]) if initial_state is None else initial_state[2].to(dtype)
+    m0_BH = torch.zeros_like(i_BTH[:, 0]) if initial_state is None else initial_state[2].to(i_BTH)
     m_BTH = MaxPlusScan.apply(log_f_BTH, i_BTH, m0_BH, starts_BT)
     fixed_m_BTH = m_BTH.detach()
     # 2. gates and keys; the difference of two m first, as either may be far larger than log f
@@ -228,9 +245,17 @@ def chunked(
         start = torch.cat([initial_state[0], initial_state[1][..., None]], dim=-1)
         start = F.pad(start, (0, len(column) - 1))
     o_BTHV, state_BHKV = scalar_decay(
-        q_BTHK, keys_BTHK, values_BTHV, g_BTH, initial_state_BHKV=start, **rest
+        q_BTHK,
+        keys_BTHK,
+        values_BTHV,
+        g_BTH,
+        scale=scale,
+        initial_state_BHKV=start,
+        doc_ids_BT=doc_ids_BT,
+        return_state=return_state,
+        chunk=chunk,
     )
-    n_q_BTH = o_BTHV[..., width].to(dtype)
+    n_q_BTH = o_BTHV[..., width].to(g_BTH.dtype)
     below_BTH = torch.maximum(n_q_BTH.abs(), denominator_floor(fixed_m_BTH))
     # eps stands beside quantities that were divided by exp(m): the gradient of m
     below_BTH = below_BTH + eps * (m_BTH - fixed_m_BTH).exp()

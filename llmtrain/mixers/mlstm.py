@@ -60,28 +60,7 @@ class MLSTM(Mixer):
         backend: str = "auto",
     ):
         super().__init__()
-        if input_gate not in INPUT_GATES:
-            raise ValueError(
-                f"mlstm: got input_gate={input_gate!r}, expected one of {', '.join(INPUT_GATES)}; "
-                "set mixer.input_gate"
-            )
-        if gate_soft_cap is not None and gate_soft_cap <= 0:
-            raise ValueError(
-                f"mlstm: got gate_soft_cap={gate_soft_cap}, expected a positive number or null; "
-                "set mixer.gate_soft_cap"
-            )
-        if d_conv is not None and d_conv < 2:
-            raise ValueError(
-                f"mlstm: got d_conv={d_conv}, expected at least 2, or null for no convolution; "
-                "set mixer.d_conv"
-            )
-        if chunk < 1:
-            raise ValueError(f"mlstm: got chunk={chunk}, expected at least 1; set mixer.chunk")
-        if backend not in ("auto", *BACKENDS):
-            raise ValueError(
-                f"mlstm: got backend={backend!r}, expected auto or one of {', '.join(BACKENDS)}; "
-                "set mixer.backend"
-            )
+        check_knobs(input_gate, gate_soft_cap, d_conv, chunk, backend)
         self.d_model, self.n_heads = d_model, n_heads
         self.qk_width = whole_heads(d_model, qk_dim_factor, n_heads, "qk_dim_factor")
         self.v_width = whole_heads(d_model, v_dim_factor, n_heads, "v_dim_factor")
@@ -201,6 +180,34 @@ class MLSTM(Mixer):
     def state_bytes(self, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
         state = self.init_state(1, max_tokens=tokens, device="meta", dtype=dtype)
         return sum(z.numel() * z.itemsize for z in state.values())
+
+
+def check_knobs(
+    input_gate: str, gate_soft_cap: float | None, d_conv: int | None, chunk: int, backend: str
+) -> None:
+    """ValueError for a value that no mLSTM can have."""
+    if input_gate not in INPUT_GATES:
+        raise ValueError(
+            f"mlstm: got input_gate={input_gate!r}, expected one of {', '.join(INPUT_GATES)}; "
+            "set mixer.input_gate"
+        )
+    if gate_soft_cap is not None and gate_soft_cap <= 0:
+        raise ValueError(
+            f"mlstm: got gate_soft_cap={gate_soft_cap}, expected a positive number or null; "
+            "set mixer.gate_soft_cap"
+        )
+    if d_conv is not None and d_conv < 2:
+        raise ValueError(
+            f"mlstm: got d_conv={d_conv}, expected at least 2, or null for no convolution; "
+            "set mixer.d_conv"
+        )
+    if chunk < 1:
+        raise ValueError(f"mlstm: got chunk={chunk}, expected at least 1; set mixer.chunk")
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(
+            f"mlstm: got backend={backend!r}, expected auto or one of {', '.join(BACKENDS)}; "
+            "set mixer.backend"
+        )
 
 
 def whole_heads(d_model: int, factor: float, n_heads: int, knob: str) -> int:

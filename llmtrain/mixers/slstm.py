@@ -58,26 +58,7 @@ class SLSTM(Mixer):
         backend: str = "auto",
     ):
         super().__init__()
-        if n_heads < 1 or d_model % n_heads:
-            raise ValueError(
-                f"slstm: got d_model={d_model} and n_heads={n_heads}, expected a multiple; set "
-                "mixer.n_heads or model.d_model"
-            )
-        if d_conv is not None and d_conv < 2:
-            raise ValueError(
-                f"slstm: got d_conv={d_conv}, expected at least 2, or null for no convolution; "
-                "set mixer.d_conv"
-            )
-        if forget_gate not in FORGET_GATES:
-            raise ValueError(
-                f"slstm: got forget_gate={forget_gate!r}, expected one of "
-                f"{', '.join(FORGET_GATES)}; set mixer.forget_gate"
-            )
-        if backend not in ("auto", *BACKENDS):
-            raise ValueError(
-                f"slstm: got backend={backend!r}, expected auto or one of {', '.join(BACKENDS)}; "
-                "set mixer.backend"
-            )
+        check_knobs(d_model, n_heads, d_conv, forget_gate, backend)
         self.d_model, self.n_heads, self.v_width = d_model, n_heads, d_model // n_heads
         self.d_conv, self.forget_gate, self.backend = d_conv, forget_gate, backend
         self.recurrent_init_std = recurrent_init_std
@@ -179,6 +160,32 @@ class SLSTM(Mixer):
     def state_bytes(self, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
         state = self.init_state(1, max_tokens=tokens, device="meta", dtype=dtype)
         return sum(z.numel() * z.itemsize for z in state.values())
+
+
+def check_knobs(
+    d_model: int, n_heads: int, d_conv: int | None, forget_gate: str, backend: str
+) -> None:
+    """ValueError for a value that no sLSTM can have."""
+    if n_heads < 1 or d_model % n_heads:
+        raise ValueError(
+            f"slstm: got d_model={d_model} and n_heads={n_heads}, expected a multiple; set "
+            "mixer.n_heads or model.d_model"
+        )
+    if d_conv is not None and d_conv < 2:
+        raise ValueError(
+            f"slstm: got d_conv={d_conv}, expected at least 2, or null for no convolution; "
+            "set mixer.d_conv"
+        )
+    if forget_gate not in FORGET_GATES:
+        raise ValueError(
+            f"slstm: got forget_gate={forget_gate!r}, expected one of "
+            f"{', '.join(FORGET_GATES)}; set mixer.forget_gate"
+        )
+    if backend not in ("auto", *BACKENDS):
+        raise ValueError(
+            f"slstm: got backend={backend!r}, expected auto or one of {', '.join(BACKENDS)}; "
+            "set mixer.backend"
+        )
 
 
 class BlockLinear(nn.Module):

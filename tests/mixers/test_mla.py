@@ -126,6 +126,27 @@ def test_absorbed_equals_expanded(backend):
 
 
 @torch.no_grad()
+def test_absorbed_in_bfloat16_is_near_float64():
+    """It rounds the absorbed query and the mixed latent, where the expanded form rounds keys and
+    values: about the same error."""
+    exact, x_BTD = mla(**WIDTHS), noise(B, T, D)
+    expected_BTD, _ = exact(x_BTD, context(B, T, 6))
+    low = mla(**WIDTHS).float()
+    expanded_BTD, _ = low(x_BTD.bfloat16(), context(B, T, 6))
+    state = low.init_state(B, max_tokens=T, device="cpu", dtype=torch.bfloat16)
+    steps = []
+    for t in range(T):
+        y_BD, state = low.step(x_BTD[:, t].bfloat16(), context(B, 1, 6, prefix_tokens=t), state)
+        steps.append(y_BD)
+    errors = [
+        ((y_BTD.double() - expected_BTD).norm() / expected_BTD.norm()).item()
+        for y_BTD in (expanded_BTD, torch.stack(steps, dim=1))
+    ]
+    assert errors[0] < 0.02
+    assert errors[1] < 1.5 * errors[0]
+
+
+@torch.no_grad()
 def test_steps_do_not_expand(monkeypatch):
     mixer, x_BTD = mla(**WIDTHS), noise(B, T, D)
     state = mixer.init_state(B, max_tokens=T, device="cpu", dtype=torch.float64)

@@ -54,8 +54,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--heads", type=int, default=2)
     add("--recall-steps", type=int, default=2400)
     add("--recall-widths", nargs="+", type=int, default=[64])
-    add("--recall-sizes", nargs="+", type=size, default=["64:4", "128:16", "256:32", "256:64"])
-    add("--recall-tested", nargs="+", type=size, default=["512:128"], help="sizes not trained on")
+    trained, untrained = [(64, 4), (128, 16), (256, 32), (256, 64)], [(512, 128)]
+    add("--recall-sizes", nargs="+", type=size, default=trained, help="tokens:pairs")
+    add("--recall-tested", nargs="+", type=size, default=untrained, help="sizes not trained on")
     add("--recall-vocab", type=int, default=8192)
     add("--recall-step-tokens", type=int, default=16384)
     add("--test-questions", type=int, default=8192, help="of each size of recall")

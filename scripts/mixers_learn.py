@@ -102,14 +102,13 @@ def main(arguments: list[str] | None = None) -> int:
         work(options)
         return 0
     typed = sys.argv[1:] if arguments is None else arguments
-    # The longest first: what runs token by token.
-    arms = sorted(options.arms, key=lambda name: not ARMS[name].sequential)
+    wanted = [(part, arm) for part in PARTS[:-1] if part in options.parts for arm in options.arms]
+    wanted.sort(key=lambda pair: not ARMS[pair[1]].sequential)  # the longest first
     todo = []
-    for part in [part for part in PARTS[:-1] if part in options.parts]:
-        for arm in arms:
-            command = [sys.executable, __file__, *typed, "--worker", part, arm]
-            retry = None if options.safe else [*command, "--safe"]
-            todo.append(Job(f"{part}-{arm}", command, retry))
+    for part, arm in wanted:
+        command = [sys.executable, __file__, *typed, "--worker", part, arm]
+        retry = None if options.safe else [*command, "--safe"]
+        todo.append(Job(f"{part}-{arm}", command, retry))
     failed = jobs.run(
         todo, at_once=options.jobs, logs=options.out / "logs", deadline=options.deadline
     )

@@ -59,6 +59,8 @@ class Learner:
         self.pool = None
         self.losses: list[Tensor] = []
         if graph:
+            # the weights are on their way
+            self.stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(self.stream):
                 self.make_moments()
 

@@ -1,11 +1,12 @@
-"""Feed-forward channel mixers: GELU, squared ReLU, SwiGLU.
+"""Feed-forward channel mixers: GELU, squared ReLU, SwiGLU, GeGLU.
 
 GELU:   y = W2 gelu(W1 x)           Hendrycks and Gimpel 2016, arXiv:1606.08415 (exact or tanh form)
 ReLU^2: y = W2 max(0, W1 x)^2       So et al. 2021, arXiv:2109.08668
 SwiGLU: y = W2 (silu(Wg x) * Wu x)  Shazeer 2020, arXiv:2002.05202, eq. 6
+GeGLU:  y = W2 (gelu(Wg x) * Wu x)  the same, eq. 5 (exact GELU)
 
-FLOPs per token and parameters: 4 D F and 2 D F; SwiGLU 6 D F and 3 D F. Output projections start
-smaller with depth (model/init.py).
+FLOPs per token and parameters: 4 D F and 2 D F; the gated ones 6 D F and 3 D F. Output projections
+start smaller with depth (model/init.py).
 """
 
 from __future__ import annotations
@@ -137,10 +138,20 @@ class SwiGLU(Channel):
 
     def forward(self, x_BTD: Tensor, ctx: SequenceContext) -> tuple[Tensor, Aux]:
         gate_BTF, up_BTF = self.gate_up(x_BTD).chunk(2, dim=-1)
-        return self.down(F.silu(gate_BTF) * up_BTF), {}
+        return self.down(self.activate(gate_BTF) * up_BTF), {}
+
+    def activate(self, gate_BTF: Tensor) -> Tensor:
+        return F.silu(gate_BTF)
 
     def flops_per_token(self) -> float:
         return self.gate_up.flops_per_token() + self.down.flops_per_token()
+
+
+class GeGLU(SwiGLU):
+    """The gate's activation is the exact GELU."""
+
+    def activate(self, gate_BTF: Tensor) -> Tensor:
+        return F.gelu(gate_BTF)
 
 
 def check_hidden(hidden: int) -> None:

@@ -24,7 +24,13 @@ from llmtrain.model.stack import Stack
 
 Theirs = TypeVar("Theirs", bound=PreTrainedModel)
 # Attention's knobs at the values that plain softmax attention has.
-PLAIN_ATTENTION = {"window": None, "sinks": 0, "softcap": None, "output_gate": False}
+PLAIN_ATTENTION = {
+    "window": None,
+    "sinks": 0,
+    "softcap": None,
+    "output_gate": False,
+    "qk_bias": False,
+}
 
 
 @dataclass(frozen=True)

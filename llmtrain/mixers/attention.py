@@ -47,7 +47,8 @@ class Attention(Mixer):
 
     d_input: width of the input, None for d_model; the output has d_model. window: keys a token
     sees, itself included; None for all before it. softmax_scale: None for 1 / sqrt(K). qk_norm_eps
-    and qk_norm_zero_centered: of the two norms. backend: of llmtrain_kernels.attention, for
+    and qk_norm_zero_centered: of the two norms. bias: of all four projections, qk_bias: of those to
+    queries and keys alone. backend: of llmtrain_kernels.attention, for
     training and prefill; a cache is read by the one that can, unless it is "reference".
     """
 
@@ -71,6 +72,7 @@ class Attention(Mixer):
         qk_norm_eps: float = 1e-5,
         qk_norm_zero_centered: bool = False,
         bias: bool = False,
+        qk_bias: bool = False,
         init_std: float = 0.02,
         backend: str = "auto",
         softmax_scale: float | None = None,
@@ -80,17 +82,18 @@ class Attention(Mixer):
         check_heads(d_model, n_heads, n_kv_heads, head_dim)
         check_visibility(window, sinks, softcap)
         check_options(qk_norm, qk_norm_zero_centered, backend)
+        check_biases(bias, qk_bias, output_gate)
         self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
         self.head_dim = d_model // n_heads if head_dim is None else head_dim
         self.rotary_width = self.head_dim
         self.window, self.softmax_scale, self.backend = window, softmax_scale, backend
         self.sinks, self.softcap = sinks, softcap
         self.qk_norm, self.output_gate = qk_norm, output_gate
-        self.qk_norm_zero_centered = qk_norm_zero_centered
+        self.qk_norm_zero_centered, self.qk_bias = qk_norm_zero_centered, qk_bias
         heads, groups = n_heads * self.head_dim, n_kv_heads * self.head_dim
         d_input, gates = d_model if d_input is None else d_input, heads if output_gate else 0
-        self.q_proj = Linear(d_input, heads + gates, bias=bias, init_std=init_std)
-        self.k_proj = Linear(d_input, groups, bias=bias, init_std=init_std)
+        self.q_proj = Linear(d_input, heads + gates, bias=bias or qk_bias, init_std=init_std)
+        self.k_proj = Linear(d_input, groups, bias=bias or qk_bias, init_std=init_std)
         self.v_proj = Linear(d_input, groups, bias=bias, init_std=init_std)
         out_std = depth_std(init_std, n_layers)
         self.out_proj = Linear(heads, d_model, bias=bias, init_std=out_std)
@@ -324,4 +327,14 @@ def check_options(qk_norm: bool, zero_centered: bool, backend: str) -> None:
         raise ValueError(
             f"attention: got backend={backend!r}, expected auto or one of "
             f"{', '.join(BACKENDS)}; set mixer.backend"
+        )
+
+
+def check_biases(bias: bool, qk_bias: bool, output_gate: bool) -> None:
+    """ValueError for biases given twice, or that would reach into the output gate."""
+    if qk_bias and (bias or output_gate):
+        other = "bias" if bias else "output_gate"
+        raise ValueError(
+            f"attention: got qk_bias=true with {other}=true, expected one of the two; set "
+            "mixer.qk_bias=false (bias=true has biases of queries and keys too)"
         )

@@ -3,13 +3,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from llmtrain.channels.mlp import Gelu, Relu2, SwiGLU
+from llmtrain.channels.mlp import GeGLU, Gelu, Relu2, SwiGLU
 from llmtrain.context import SequenceContext
 from llmtrain.model.init import initialise
 
 D, HIDDEN = 12, 20
 CTX = SequenceContext.dense(2, 5)
-KINDS = [Gelu, Relu2, SwiGLU]
+GATED = (SwiGLU, GeGLU)
+KINDS = [Gelu, Relu2, *GATED]
 
 
 def build(kind, **knobs):
@@ -32,11 +33,12 @@ def test_equation(kind, bias):
             if name.endswith("bias"):
                 parameter += torch.randn_like(parameter)
     weights = {name: p.detach() for name, p in channel.named_parameters()}
-    first = weights["gate_up.weight" if kind is SwiGLU else "up.weight"]
+    first = weights["gate_up.weight" if kind in GATED else "up.weight"]
     hidden = x @ first.T + weights.get("gate_up.bias", weights.get("up.bias", 0))
-    if kind is SwiGLU:
+    if kind in GATED:
         gate, up = hidden[..., :HIDDEN], hidden[..., HIDDEN:]
-        hidden = gate / (1 + torch.exp(-gate)) * up
+        normal = 0.5 * (1 + torch.erf(gate / 2**0.5))
+        hidden = gate * (torch.sigmoid(gate) if kind is SwiGLU else normal) * up
     elif kind is Relu2:
         hidden = hidden.clamp(min=0) ** 2
     else:
@@ -51,7 +53,7 @@ def test_flops_formula_and_parameters(kind):
     with FlopCounterMode(display=False) as counter:
         channel(random_input(), CTX)
     assert counter.get_total_flops() == 10 * channel.flops_per_token()
-    matrices = 3 if kind is SwiGLU else 2
+    matrices = 3 if kind in GATED else 2
     assert sum(p.numel() for p in channel.parameters()) == matrices * D * HIDDEN
 
 

@@ -37,6 +37,7 @@ SMALL = {
 }
 # Further knobs worth the whole suite: name -> (YAML, knobs).
 VARIANTS = {
+    "qk_bias": ("mha", {"qk_bias": True}),
     "qk_norm_and_bias": ("attention", {"qk_norm": True, "bias": True}),
     "mla_ranks": (
         "mla",

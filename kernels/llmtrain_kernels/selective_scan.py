@@ -223,11 +223,14 @@ def gradients_of_states(
     e_BCDK = rearrange(
         grouped(dy_BCD, c_BCGK.shape[2]) * c_BCGK[:, :, :, None], "b c g e k -> b c (g e) k"
     )
-    flipped_BCDK = e_BCDK.flip(1)
-    flipped_BCDK[:, 0] += after_BDK
+    tokens, span = e_BCDK.shape[1], span_of(e_BCDK)
+    e_BCDK[:, -1] += after_BDK
+    if span >= tokens:  # one span needs no copies
+        for t in reversed(range(tokens - 1)):
+            e_BCDK[:, t].addcmul_(decay_BCDK[:, t + 1], e_BCDK[:, t + 1])
+        return e_BCDK
     later_BCDK = F.pad(decay_BCDK[:, 1:].flip(1), (0, 0, 0, 0, 1, 0))
-    zero_BDK = torch.zeros_like(after_BDK)
-    return scan_chunk(later_BCDK, flipped_BCDK, zero_BDK, span=span_of(e_BCDK)).flip(1)
+    return scan_chunk(later_BCDK, e_BCDK.flip(1), torch.zeros_like(after_BDK), span=span).flip(1)
 
 
 @scan_backward.register_fake
@@ -261,7 +264,7 @@ def selective_scan(
     initial_state_BDK: Tensor | None = None,
     doc_ids_BT: Tensor | None = None,
     return_state: bool = False,
-    chunk: int = 128,
+    chunk: int = 64,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """(y_BTD in u's dtype, state_BDK in float32 (float64) or None).
@@ -350,7 +353,7 @@ def check(
 
 
 def cost(
-    tokens: int, *, width: int, groups: int, k_width: int, dtype: torch.dtype, chunk: int = 128
+    tokens: int, *, width: int, groups: int, k_width: int, dtype: torch.dtype, chunk: int = 64
 ) -> tuple[Cost, Cost]:
     """(forward, backward) of so many tokens (B T): the write and the read, 2 K each a channel.
 

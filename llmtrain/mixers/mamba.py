@@ -72,7 +72,7 @@ class Mamba(Mixer):
         dt_floor: float = 1e-4,
         dt_limit: Sequence[float] = (0.0, 100.0),
         init_std: float = 0.02,
-        chunk: int = 128,
+        chunk: int = 64,
         backend: str = "auto",
     ):
         super().__init__()

@@ -7,7 +7,8 @@
 
 Leviathan et al. 2023 (arXiv:2211.17192), algorithm 1: whatever q is, the text is distributed as if
 drawn from p token by token. p and q are what temperature, top_k and top_p leave; at temperature 0
-both are certain of one token, and the text is the greedy one.
+both are certain of one token, and the text is the greedy one, up to rounding: reading several
+tokens at once adds in another order than reading one, and may tip two logits that are nearly equal.
 
 Rows are decoded one by one. A recurrent state cannot go back, so the model checks on a copy of its
 state. When a draft fails, the tokens since that state are read again together with the next drafts,
@@ -74,8 +75,9 @@ def speculate(
     """The new tokens of every prompt as llmtrain.generate.generate gives them, and what it took.
 
     drafts: tokens drafted for a forward pass: at most one a module, or any number by a single
-    module, which then reads its own hidden vectors. A sampled text depends on (seed, prompt, how
-    many times the same prompt came before), but is another one than generate's.
+    module, which then reads its own hidden vectors (as EAGLE does, arXiv:2401.15077). A sampled
+    text depends on (seed, prompt, how many times the same prompt came before), but is another one
+    than generate's.
     ValueError as for generate, and for a model that cannot draft that many.
     """
     check(model, prompts, max_new_tokens, temperature, top_k, top_p, batch=1)
@@ -195,7 +197,7 @@ class Drafter:
         self.model = model
         self.modules = list(model.mtp)[:drafts]
         weight = model.embedding.weight
-        self.nothing_10D = weight.new_zeros(1, 0, weight.shape[1], dtype=model.compute_dtype)
+        self.empty_1TD = weight.new_zeros(1, 0, weight.shape[1], dtype=model.compute_dtype)
         self.states = [
             module.init_state(
                 1, max_tokens=max_tokens, device=weight.device, dtype=model.compute_dtype
@@ -203,7 +205,7 @@ class Drafter:
             for module in self.modules
         ]
         self.positions = [0 for _ in self.modules]  # in the state
-        self.inputs = [self.nothing_10D for _ in self.modules]  # final hidden vectors after those
+        self.inputs = [self.empty_1TD for _ in self.modules]  # final hidden vectors after those
 
     def follow(self, hidden_1TD: Tensor) -> None:
         """The model's hidden vectors of further tokens of the text."""
@@ -216,8 +218,8 @@ class Drafter:
 
         choose: logits_BO -> (token, q_BO).
         """
-        drafts, qs = [], [self.nothing_10D.new_zeros(0, self.model.vocab_size).double()]
-        tail_1TD = self.nothing_10D  # hidden vectors that rest on drafts
+        drafts, qs = [], [self.empty_1TD.new_zeros(0, self.model.vocab_size).double()]
+        tail_1TD = self.empty_1TD  # hidden vectors that rest on drafts
         for j in range(min(count, len(self.modules))):
             final = max(len(text) - 1 - j - self.positions[j], 0)
             last_1TD, self.inputs[j] = self.inputs[j][:, :final], self.inputs[j][:, final:]

@@ -30,6 +30,16 @@ PRESETS = {
     ("experiment=mamba2_370m",): (368_346_624, "state-spaces/mamba2-370m"),
     ("experiment=mamba2_2_7b",): (2_702_599_680, "state-spaces/mamba2-2.7b"),
     ("experiment=mamba2_8b",): (8_236_999_680, "arXiv:2406.07887, 8B"),
+    # its authors' configuration by hand: an embedding of 65536 x 5280, 8 layers of 4 D^2 + 2 D
+    # (biases of queries and keys) + 3 D F + 4 D, the adapter's 2 D^2 and one norm. Their own
+    # comment, 3,509,051,040, leaves out the adapter and the norms of the layers; the released file
+    # holds the embedding twice, 3,911,006,880
+    ("experiment=huginn_3_5b",): (3_564_976_800, "tomg-group-umd/huginn-0125, 3.5B"),
+    # its authors' configuration Samba_1.3B by hand: nine layers of Mamba (33,431,040 each), nine of
+    # attention (4 D^2), 18 of SwiGLU (3 D F), 37 norms, a tied embedding of 32000 rows
+    ("experiment=samba",): (1_330_207_488, "microsoft/Samba, 1.3B in arXiv:2406.07522"),
+    # transformers' ZambaForCausalLM of its default configuration, on meta, counts the same
+    ("experiment=zamba_7b",): (7_232_490_496, "Zyphra/Zamba-7B-v1, 7B in arXiv:2405.16712"),
 }
 
 

@@ -38,6 +38,9 @@ SIZES = {
     "mamba2_370m": None,
     "mamba2_2_7b": None,
     "mamba2_8b": None,
+    "huginn_3_5b": None,
+    "samba": None,
+    "zamba_7b": None,
 }
 
 

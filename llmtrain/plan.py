@@ -115,7 +115,13 @@ def tokens_per_second(plan: Plan, wanted: dict) -> float | None:
 def describe(plan: Plan, rate: float | None = None) -> str:
     """The plan as text; rate: tokens per second of all ranks, for the hours."""
     total = plan.parameters["total"]
-    extra = ", multi-token prediction included" if plan.parameters["mtp"] else ""
+    passes = plan.train_flops / plan.flops
+    if plan.parameters["mtp"]:
+        how = "three times the forward pass, multi-token prediction included"
+    elif abs(passes - 3) < 1e-6:
+        how = "three times the forward pass"
+    else:  # a recurrent depth
+        how = f"{passes:.2f} times the forward pass: mean depth, its last iterations differentiated"
     names = [*(field.name for field in fields(MemoryEstimate)), "total"]
     lines, counts = ["parameters"], dict(plan.parameters)
     if plan.active_parameters < total:  # some experts are not a given token's
@@ -126,7 +132,7 @@ def describe(plan: Plan, rate: float | None = None) -> str:
     lines += [
         f"FLOPs per token, rows of {plan.seq_len} tokens",
         f"  forward     {plan.flops:>16.4g}",
-        f"  training    {plan.train_flops:>16.4g}  (three times the forward pass{extra})",
+        f"  training    {plan.train_flops:>16.4g}  ({how})",
         f"  whole run   {plan.train_flops * plan.tokens:>16.4g}",
         "state of one generated row (bfloat16)",
         *(f"  {length:>8} tokens {size:>13,} bytes" for length, size in plan.state_bytes.items()),

@@ -86,27 +86,34 @@ def test_a_negated_key_flips_the_state():
             assert signs == [[-1.0], [1.0], [-1.0]]
 
 
+class Given(torch.nn.Module):
+    """A projection that returns what it was given."""
+
+    def __init__(self, *shape, seed):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        extremes = torch.tensor([-3e38, -1e4, -100.0, 0.0, 100.0, 1e4, 3e38]).bfloat16()
+        self.value = torch.nn.Parameter(extremes[torch.randint(7, shape, generator=generator)])
+
+    def forward(self, x_BTD):
+        return self.value
+
+
 @pytest.mark.parametrize("decay", [True, False])
-def test_pre_activations_of_any_size(decay):
-    """Inputs up to bfloat16's largest, hence gates anywhere: finite values and gradients."""
+def test_gates_of_any_size(decay):
+    """Betas, decays and output gates from all over bfloat16's range: no NaN, no infinity."""
     mixer = make(16, dtype=torch.float32, chunk=8, decay=decay, allow_neg_eigval=True)
-    x_BTD = noise(2, 40, 16).bfloat16()
-    x_BTD[:, ::3, :4] = torch.tensor([-3e38, -1e4, -100.0, 0.0]).bfloat16()
-    x_BTD[:, 1::5, 4:7] = torch.tensor([100.0, 1e4, 3e38]).bfloat16()
-    x_BTD.requires_grad_()
-    with torch.no_grad():  # those inputs reach the gates alone, as sums of one term
-        for weight in (mixer.qkv_proj.weight, mixer.z_proj.weight):
-            weight[:, :7] = 0.0
-        for i, projection in enumerate((mixer.b_proj, mixer.a_proj)):
-            if projection is not None:
-                projection.weight.zero_()
-                projection.weight[0, i] = projection.weight[1, 6 - i] = 1.0
-        mixer.z_proj.weight[:4, :7].fill_diagonal_(1.0)
+    mixer.b_proj = Given(2, 40, 2, seed=1)
+    mixer.z_proj = Given(2, 40, 24, seed=2)
+    if decay:
+        mixer.a_proj = Given(2, 40, 2, seed=3)
+    x_BTD = noise(2, 40, 16).bfloat16().requires_grad_()
     y_BTD, _ = mixer(x_BTD, SequenceContext.dense(2, 40))
     assert y_BTD.isfinite().all()
-    leaves = [x_BTD, *mixer.parameters()]
-    found = torch.autograd.grad(y_BTD.float().square().mean(), leaves)
-    assert all(gradient.isfinite().all() for gradient in found)
+    names = [name for name, _ in mixer.named_parameters()]
+    found = torch.autograd.grad(y_BTD.float().mean(), [x_BTD, *mixer.parameters()])
+    for name, gradient in zip(["x", *names], found, strict=True):
+        assert gradient.isfinite().all(), name
 
 
 @torch.no_grad()

@@ -48,17 +48,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
     both = parser.add_argument_group("synthetic parts")
     add = both.add_argument
-    add("--rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2], help="learning rates")
+    add("--rates", nargs="+", type=float, default=[3e-3, 1e-2], help="learning rates")
     add("--seeds", nargs="+", type=int, default=[0])
     add("--layers", type=int, default=2)
     add("--heads", type=int, default=2)
-    add("--recall-steps", type=int, default=2400)
+    add("--recall-steps", type=int, default=4000)
     add("--recall-widths", nargs="+", type=int, default=[64])
-    trained, untrained = [(64, 4), (128, 16), (256, 32), (256, 64)], [(512, 128)]
+    trained, untrained = [(64, 4), (128, 16), (128, 32)], [(256, 64)]
     add("--recall-sizes", nargs="+", type=size, default=trained, help="tokens:pairs")
     add("--recall-tested", nargs="+", type=size, default=untrained, help="sizes not trained on")
-    add("--recall-vocab", type=int, default=8192)
-    add("--recall-step-tokens", type=int, default=16384)
+    add("--recall-vocab", type=int, default=1024)
+    add("--recall-step-tokens", type=int, default=8192)
     add("--test-questions", type=int, default=8192, help="of each size of recall")
     add("--groups", nargs="+", default=["parity", "s3", "s5_swaps"])
     add("--state-steps", type=int, default=2000)

@@ -5,14 +5,16 @@
 What a mixture of experts needs around it is here too: sorting (token, expert) pairs by expert, and
 fetching rows in that order and back. P = N * A pairs of N tokens with A experts each.
 
-FLOPs: 2 P D F forward, twice that backward. Nothing of it waits for the device, unless the loop
-runs on a GPU: it must know how many rows each expert has.
+FLOPs: 2 P D F forward, twice that backward; masked E times as many. Nothing of it waits for the
+device, unless the loop runs on a GPU: it must know how many rows each expert has.
 
     backend   runs
     grouped   torch's grouped_mm: one kernel for all experts. CUDA from compute capability 8.0 on
               in bfloat16, CPU in float32 and half precision; rows of matrices must be multiples
               of 16 bytes. Groups need no alignment.
     loop      a matmul for each expert
+    masked    a matmul of all rows for each expert, of which its own are kept. For CUDA graphs of
+              small models in float32, which grouped does not take
     auto      grouped in bfloat16 on CUDA where it can run, else loop, as one operation to compile
 """
 
@@ -32,7 +34,7 @@ from llmtrain_kernels.cost import Cost
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("grouped", "loop")
+BACKENDS = ("grouped", "loop", "masked")
 ALIGNMENT = 16  # bytes of a matrix row's stride
 GROUPED_DTYPES = {
     "cuda": (torch.bfloat16,),
@@ -68,7 +70,7 @@ def grouped_matmul(
     chosen = select_backend(backend, device.type, device.index, x_PD.dtype, d_in, d_out)
     if backend == "loop":
         return reference(x_PD, weight_EFD, ends_E, partial=partial)
-    return rows_by_matrix(x_PD, weight_EFD, ends_E, chosen == "grouped", partial)
+    return rows_by_matrix(x_PD, weight_EFD, ends_E, chosen, partial)
 
 
 @torch.compiler.assume_constant_result
@@ -82,8 +84,8 @@ def select_backend(
             f"grouped_matmul backend: got {requested!r}, expected auto or one of "
             f"{', '.join(BACKENDS)}; set channel.backend"
         )
-    if requested == "loop":
-        return "loop"
+    if requested in ("loop", "masked"):
+        return requested
     capability = torch.cuda.get_device_capability(ordinal) if device == "cuda" else None
     why_not = unsupported(device, capability, dtype, d_in, d_out)
     if requested == "grouped":
@@ -127,13 +129,25 @@ def native():
     return getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
 
 
+def own_rows(x_PD: Tensor, ends_E: Tensor) -> list[Tensor]:
+    """For each expert, which rows are its own: bool [P, 1]."""
+    rows_P1 = torch.arange(len(x_PD), device=x_PD.device)[:, None]
+    starts_E = F.pad(ends_E[:-1], (1, 0))
+    return [(rows_P1 >= start) & (rows_P1 < end) for start, end in zip(starts_E, ends_E)]
+
+
 @torch.library.custom_op("llmtrain::grouped_matmul", mutates_args=())
 def rows_by_matrix(
-    x_PD: Tensor, weight_EFD: Tensor, ends_E: Tensor, use_native: bool, partial: bool
+    x_PD: Tensor, weight_EFD: Tensor, ends_E: Tensor, backend: str, partial: bool
 ) -> Tensor:
     """One operation for torch.compile, whatever runs it."""
-    if not use_native:
+    if backend == "loop":
         return reference(x_PD, weight_EFD, ends_E, partial=partial)
+    if backend == "masked":
+        y_PF = x_PD.new_zeros(x_PD.shape[0], weight_EFD.shape[1])
+        for matrix, mine_P1 in zip(weight_EFD, own_rows(x_PD, ends_E)):
+            y_PF = torch.where(mine_P1, x_PD @ matrix.T, y_PF)
+        return y_PF
     y_PF = native()(x_PD.contiguous(), weight_EFD.transpose(1, 2), offs=ends_E)
     if partial:  # what lies behind the last end was never written
         rows_P = torch.arange(len(y_PF), device=y_PF.device)
@@ -142,14 +156,17 @@ def rows_by_matrix(
 
 
 @rows_by_matrix.register_fake
-def _(x_PD: Tensor, weight_EFD: Tensor, ends_E: Tensor, use_native: bool, partial: bool) -> Tensor:
+def _(x_PD: Tensor, weight_EFD: Tensor, ends_E: Tensor, backend: str, partial: bool) -> Tensor:
     return x_PD.new_empty(x_PD.shape[0], weight_EFD.shape[1])
 
 
 @torch.library.custom_op("llmtrain::grouped_outer", mutates_args=())
-def matrix_gradients(grad_PF: Tensor, x_PD: Tensor, ends_E: Tensor, use_native: bool) -> Tensor:
+def matrix_gradients(grad_PF: Tensor, x_PD: Tensor, ends_E: Tensor, backend: str) -> Tensor:
     """sum_p grad_p x_p^T over the rows of each expert: [E, F, D]."""
-    if not use_native:
+    if backend == "masked":
+        own = own_rows(grad_PF, ends_E)
+        return torch.stack([torch.where(mine_P1, grad_PF, 0).T @ x_PD for mine_P1 in own])
+    if backend == "loop":
         starts = [0, *ends_E.tolist()]
         spans = [slice(start, end) for start, end in itertools.pairwise(starts)]
         return torch.stack([grad_PF[span].T @ x_PD[span] for span in spans])
@@ -163,13 +180,13 @@ def matrix_gradients(grad_PF: Tensor, x_PD: Tensor, ends_E: Tensor, use_native: 
 
 
 @matrix_gradients.register_fake
-def _(grad_PF: Tensor, x_PD: Tensor, ends_E: Tensor, use_native: bool) -> Tensor:
+def _(grad_PF: Tensor, x_PD: Tensor, ends_E: Tensor, backend: str) -> Tensor:
     return x_PD.new_empty(ends_E.shape[0], grad_PF.shape[1], x_PD.shape[1])
 
 
 def keep_for_backward(ctx, inputs: tuple, output: Tensor) -> None:
     """Saved: x_PD, the matrices in the compute dtype, ends_E."""
-    x_PD, weight_EFD, ends_E, ctx.use_native, ctx.partial = inputs
+    x_PD, weight_EFD, ends_E, ctx.backend, ctx.partial = inputs
     ctx.save_for_backward(x_PD, weight_EFD, ends_E)
 
 
@@ -178,9 +195,9 @@ def backward(ctx, grad_PF: Tensor) -> tuple[Tensor | None, ...]:
     grad_x = grad_weight = None
     if ctx.needs_input_grad[0]:
         weight_EDF = weight_EFD.transpose(1, 2)
-        grad_x = rows_by_matrix(grad_PF, weight_EDF, ends_E, ctx.use_native, ctx.partial)
+        grad_x = rows_by_matrix(grad_PF, weight_EDF, ends_E, ctx.backend, ctx.partial)
     if ctx.needs_input_grad[1]:
-        grad_weight = matrix_gradients(grad_PF, x_PD, ends_E, ctx.use_native)
+        grad_weight = matrix_gradients(grad_PF, x_PD, ends_E, ctx.backend)
     return grad_x, grad_weight, None, None, None
 
 

@@ -6,13 +6,14 @@
     rope        pairs of q and k turned by t w_i                      Su et al. 2021, eq. 34
 
 Positions count within a document. A module either adds to x_BTD or hands out a Rotary, which
-rotary mixers apply. Frequencies live on the host and no buffer holds them, so a model made on the
-meta device has them too.
+rotary mixers apply. No buffer holds the frequencies, so that a model made on the meta device has
+them too; they start on the host and go where the module goes.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,17 @@ class NoPosition(nn.Module):
     def __init__(self, d_model: int, *, max_seq_len: int, rotary_widths: tuple[int, ...]):
         super().__init__()
         self.d_model, self.max_seq_len, self.rotary_widths = d_model, max_seq_len, rotary_widths
+        self.frequencies: dict[int, Tensor] = {}  # width -> float64 [R]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """The frequencies go where the module goes, in float64: copied from the host anew, they
+        would make every forward pass wait, and no CUDA graph could hold it."""
+        super()._apply(fn, recurse)
+        for width, frequencies_R in self.frequencies.items():
+            device = fn(frequencies_R).device
+            if device.type != "meta":
+                self.frequencies[width] = frequencies_R.to(device)
+        return self
 
     def add(self, x_BTD: Tensor, ctx: SequenceContext) -> Tensor:
         """The embedded tokens with their positions added, in x's dtype."""
@@ -50,10 +62,10 @@ class Sinusoidal(NoPosition):
                 f"position=sinusoidal: got d_model={d_model}, expected an even width; "
                 "set model.d_model"
             )
-        self.frequencies_R = host_tensor(inverse_frequencies(d_model, theta=10000.0))
+        self.frequencies[d_model] = host_tensor(inverse_frequencies(d_model, theta=10000.0))
 
     def add(self, x_BTD: Tensor, ctx: SequenceContext) -> Tensor:
-        angles_BTR = angles(ctx.positions_BT, self.frequencies_R)
+        angles_BTR = angles(ctx.positions_BT, self.frequencies[self.d_model])
         wave_BTD = torch.cat([angles_BTR.sin(), angles_BTR.cos()], dim=-1)
         return x_BTD + wave_BTD.to(x_BTD.dtype)
 
@@ -170,11 +182,8 @@ def host_tensor(frequencies: tuple[float, ...]) -> Tensor:
 
 
 def angles(positions_BT: Tensor, frequencies_R: Tensor) -> Tensor:
-    """float64 [B, T, R]: at position 100,000 float32 would already be off by 0.004 radians.
-
-    The frequencies are copied without waiting: the few bytes do not stall the host.
-    """
-    return positions_BT[..., None] * frequencies_R.to(positions_BT.device, non_blocking=True)
+    """float64 [B, T, R]: at position 100,000 float32 would already be off by 0.004 radians."""
+    return positions_BT[..., None] * frequencies_R.to(positions_BT.device)
 
 
 def apply_rotary(x_BTHK: Tensor, rotary: Rotary) -> Tensor:

@@ -27,7 +27,6 @@ class Arm:
     """overrides: of `llmtrain train`; small: further ones of the synthetic parts, {half} and
     {quarter} being shares of the width; large: of the books. patterns: number of layers -> letters
     of a hybrid's stack. sequential: steps token by token, so it takes long and is not compiled.
-    graph: whether a training step can be a CUDA graph.
 
     small gives Mamba-2, gated DeltaNet and mLSTM states of one size, width^2 / 2 numbers a layer
     with two heads.
@@ -40,7 +39,6 @@ class Arm:
     large: tuple[str, ...] = ()
     patterns: dict[int, str] | None = None
     sequential: bool = False
-    graph: bool = True
 
     def chosen(self, *, width: int, layers: int, synthetic: bool) -> list[str]:
         """The overrides for a model of that size."""
@@ -103,7 +101,7 @@ ARMS = {
             name="moe",
             label="attention + MoE",
             overrides=("mixer=mha", "channel=moe"),
-            graph=False,
+            small=("channel.backend=masked",),
         ),
         # In the synthetic parts a fixed number of iterations, which a CUDA graph cannot vary, from
         # zero: without a seed, the first latent would tell positions.

@@ -105,7 +105,7 @@ def several(
     facts: dict,
 ) -> None:
     """Train one model for each learning rate on the same batches and write their rows."""
-    graph = device.type == "cuda" and not options.safe and ARMS[name].graph
+    graph = device.type == "cuda" and not options.safe
     seed, steps = facts["seed"], facts["steps"]
     config = {**matched.config, "seed": seed}
     learners = [

@@ -61,7 +61,7 @@ def test_backends_share_the_signature():
 
 @pytest.mark.parametrize("extra", [0, 6])
 @pytest.mark.parametrize("counts", COUNTS)
-@pytest.mark.parametrize("backend", ["loop", "auto"])
+@pytest.mark.parametrize("backend", ["loop", "masked", "auto"])
 def test_float64_equals_row_by_row(backend, counts, extra):
     inputs = make(COUNTS[counts], extra)
     weights_PF = torch.randn(len(inputs[0]), F, dtype=torch.float64)
@@ -82,7 +82,7 @@ def test_torchs_kernel_is_as_exact_as_the_loop(dtype, counts, extra):
     exact = [t.detach().double().requires_grad_() for t in (x_PD, weight_EFD)]
     expected = with_gradients(by_rows, *exact, ends_E, weights_PF=weights_PF.double())
     errors = {}
-    for backend in ("loop", "grouped"):
+    for backend in ("loop", "masked", "grouped"):
         got = with_gradients(
             grouped_matmul,
             x_PD,
@@ -132,13 +132,13 @@ def test_rows_behind_the_last_end_are_zero_whatever_was_in_memory(monkeypatch):
     assert grad_EFD.isfinite().all()
 
 
-@pytest.mark.parametrize("use_native", [False, True])
-def test_operations_are_registered_right(use_native):
+@pytest.mark.parametrize("backend", ["loop", "masked", "grouped"])
+def test_operations_are_registered_right(backend):
     """Schema, fake tensors and autograd, as torch checks them."""
     inputs = make(COUNTS["empty experts"], dtype=torch.float32)
-    torch.library.opcheck(rows_by_matrix, (*inputs, use_native, False))
+    torch.library.opcheck(rows_by_matrix, (*inputs, backend, False))
     x_PD, _, ends_E = make(COUNTS["uneven"], dtype=torch.float32, requires_grad=False)
-    torch.library.opcheck(matrix_gradients, (x_PD[:, :F].clone(), x_PD, ends_E, use_native))
+    torch.library.opcheck(matrix_gradients, (x_PD[:, :F].clone(), x_PD, ends_E, backend))
 
 
 @pytest.mark.parametrize("backend", ["loop", "auto"])
@@ -242,7 +242,7 @@ def test_auto_takes_the_kernel_on_a_gpu_alone_and_says_so_once(monkeypatch, capl
     [
         (
             "fast",
-            r"backend: got 'fast', expected auto or one of grouped, loop; set channel.backend",
+            r"backend: got 'fast', expected auto or one of grouped, loop, masked; set channel",
         ),
         ("grouped", r"backend=grouped: on cpu it takes .* not float64; set channel.backend=auto"),
     ],

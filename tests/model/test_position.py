@@ -267,7 +267,7 @@ def test_frequencies_survive_the_meta_device():
     with torch.device("meta"):
         rope, wave = Rope(16, **FACTS), Sinusoidal(16, **FACTS)
     assert rope.frequencies[8].equal(Rope(16, **FACTS).frequencies[8])
-    assert wave.frequencies_R.equal(Sinusoidal(16, **FACTS).frequencies_R)
+    assert wave.frequencies[16].equal(Sinusoidal(16, **FACTS).frequencies[16])
     assert not dict(rope.named_buffers())
 
 
@@ -362,3 +362,15 @@ def test_every_width_has_its_own_angles():
         assert both[width].cos_BTR.shape == (B, T, width // 4)
         assert both[width].cos_BTR.equal(alone.cos_BTR)
         assert both[width].sin_BTR.equal(alone.sin_BTR)
+
+
+@pytest.mark.parametrize("kind", [Rope, Sinusoidal])
+def test_frequencies_go_with_the_module_and_stay_float64(kind):
+    position = kind(8, **FACTS)
+    before = {width: x.clone() for width, x in position.frequencies.items()}
+    position.to(torch.bfloat16).to("meta")  # no values there: they stay where they were
+    assert before
+    assert position.frequencies.keys() == before.keys()
+    for width, frequencies_R in position.frequencies.items():
+        assert frequencies_R.dtype == torch.float64
+        assert frequencies_R.equal(before[width])

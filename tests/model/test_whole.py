@@ -68,8 +68,13 @@ MODELS = {
     "channels_by_letter": (("stack.channel_pattern=aabb",), {"channels": {"b": "relu2"}}),
     "mixers_alone": ((), {"channel": "none"}),
     "latent_and_wider_heads": (
-        ("mixer.q_lora_rank=8", "mixers.b.head_dim=10", "mixers.b.output_gate=true")
-        + ("mixers.b.softcap=3.0", "stack.pattern=ab"),
+        (
+            "mixer.q_lora_rank=8",
+            "mixers.b.head_dim=10",
+            "mixers.b.output_gate=true",
+            "mixers.b.softcap=3.0",
+            "stack.pattern=ab",
+        ),
         {"mixer": "mla", "mixers": {"b": "attention"}},
     ),
     "sinks": (("mixer.window=4", "mixer.sinks=2"), {"mixer": "sliding_window"}),

@@ -133,6 +133,20 @@ def test_bfloat16(evaluate, run_dir):
     assert bits("bf16") != bits("fp32")
 
 
+def test_depth_of_a_recurrent_model(evaluate, make_run, run_dir, no_model, monkeypatch):
+    with pytest.raises(ValueError, match=r"repeats: got 2, but the layers .* applied once"):
+        evaluate(run_dir, "tasks=[bits_per_byte]", "repeats=2")
+    monkeypatch.undo()
+    deep = make_run("stack=recurrent_depth", "model.n_layers=3", "stack.repeats=2")
+
+    def bits(*changes):
+        results = evaluate(deep, "tasks=[bits_per_byte]", *changes)
+        assert results["config"]["repeats"] == (int(changes[0][-1]) if changes else None)
+        return results["bits_per_byte"]["model"]["bits"]
+
+    assert bits() == bits("repeats=2") != bits("repeats=4")
+
+
 def test_contexts_are_cut_to_a_row_of_training(evaluate, run_dir, make_run, tmp_path):
     """... unless max_length says more; tasks that mind are refused."""
     (tmp_path / "tasks").mkdir()

@@ -5,7 +5,7 @@
 errors: each mixer of configs/mixer at d_model 128 with 4 heads, a row of noise (rounded to bfloat16
 first, so that both read the same numbers). Truth is the token loop (backend=reference) in float64
 at the short length; at the long one, the chunked form in float64, which continues from a state
-every 2048 tokens and is first held against the loop. Errors are ||low - exact|| / ||exact||.
+every 512 tokens and is first held against the loop. Errors are ||low - exact|| / ||exact||.
 gates: each operation with gates fixed at a value, 4096 tokens of bfloat16 noise: the largest number
 in its state and the size of its output at the end, and whether all gradients are finite.
 
@@ -35,7 +35,7 @@ from llmtrain.model.position import Rope
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "numerics.md"
-WIDTH, HEADS, PIECE, END = 128, 4, 2048, 1024
+WIDTH, HEADS, PIECE, END = 128, 4, 512, 1024
 # The same mechanism under another name, with nothing to add here.
 ALIASES = ("mha", "mqa")
 # Further lines of the table of errors: name -> (YAML, knobs).
@@ -128,8 +128,12 @@ def errors(name: str, short: int, long: int, device: torch.device) -> dict:
     if long > short:
         x_BTD = noise(long, 2, device)
         y_BTD = in_pieces(exact, x_BTD)
-        with torch.no_grad():
-            low_y_BTD, _ = low(x_BTD.bfloat16(), context(low, long, device))
+        # On a CPU attention takes memory for [T, T] scores where keys and values differ in width.
+        if device.type == "cpu" and low.uses_positions:
+            low_y_BTD = in_pieces(low, x_BTD.bfloat16())
+        else:
+            with torch.no_grad():
+                low_y_BTD, _ = low(x_BTD.bfloat16(), context(low, long, device))
         row |= {
             "long": long,
             "long_row": relative(low_y_BTD, y_BTD),
@@ -231,7 +235,7 @@ CASES: tuple[tuple[str, tuple[float, ...], str], ...] = (
     ("mlstm", (-HUGE, -HUGE), "i = -3e38, f = -3e38"),
     ("slstm", (0.0, 0.0), "i = 0, f = 0"),
     ("slstm", (HUGE, HUGE), "i = 3e38, f = 3e38: all tokens weigh the same"),
-    ("slstm", (-HUGE, HUGE), "i = -3e38, f = 3e38: the first token stays"),
+    ("slstm", (-HUGE, HUGE), "i = -3e38, f = 3e38: all tokens weigh the same"),
     ("slstm", (HUGE, -HUGE), "i = 3e38, f = -3e38: only the token itself"),
     ("slstm", (-HUGE, -HUGE), "i = -3e38, f = -3e38"),
     ("selective_scan", (0.0,), "delta = 0: nothing is written or forgotten"),

@@ -205,6 +205,9 @@ class Attention(Mixer):
         """Slots of a cache for rows of at most max_tokens: a window needs only itself and sinks."""
         return max_tokens if self.window is None else min(max_tokens, self.sinks + self.window)
 
+    def cache_slots(self, state: State, positions_BT: Tensor) -> Tensor:
+        return self.slot(positions_BT, state["k"].shape[1])
+
     def check_room(self, ctx: SequenceContext, state: State, tokens: int) -> None:
         """ValueError when a prefill does not fit its state."""
         if not ctx.is_dense:

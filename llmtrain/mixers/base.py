@@ -46,6 +46,11 @@ class Mixer(nn.Module):
         """One token a row; ctx.positions_BT is [B, 1] and may differ between rows."""
         raise NotImplementedError
 
+    def cache_slots(self, state: State, positions_BT: Tensor) -> Tensor | None:
+        """Where these tokens' entries lie in the second dimension of every tensor of the state, in
+        the shape of positions_BT; None unless every token has an entry of its own there."""
+        return None
+
     def kernel_backend(
         self, *, device: torch.device, dtype: torch.dtype, tokens: int, documents: bool
     ) -> str | None:

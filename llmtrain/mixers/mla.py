@@ -206,6 +206,9 @@ class LatentAttention(Mixer):
         width = self.kv_lora_rank + self.rope
         return {"latent": torch.zeros(batch, max_tokens, width, device=device, dtype=dtype)}
 
+    def cache_slots(self, state: State, positions_BT: Tensor) -> Tensor:
+        return positions_BT
+
     def check_room(self, ctx: SequenceContext, state: State, tokens: int) -> int:
         """The number of tokens after a prefill. ValueError when it does not fit its state."""
         if not ctx.is_dense:

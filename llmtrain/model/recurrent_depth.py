@@ -225,8 +225,9 @@ class RecurrentDepth(Stack):
                 latent_BD = next_BD
             if i > 0:
                 last = zip(walk.states[-2 * width : -width], walk.states[-width:], strict=True)
-                for before, state in last:
-                    keep_entries(before, state, still_B, ctx.positions_BT[:, 0])
+                for index, (before, state) in zip(self.core, last, strict=True):
+                    slots_B1 = self.blocks[index].mixer.cache_slots(state, ctx.positions_BT)
+                    keep_entries(before, state, still_B, slots_B1)
             still_B = now_B
         return latent_BD
 
@@ -299,25 +300,22 @@ def check_injection(injection: str, latent: str, backprop_repeats: int | None) -
 
 def check_exit(block: Block) -> None:
     """ValueError unless the state of a block is a cache with an entry for each token."""
-    state = block.init_state(1, max_tokens=2, device="meta", dtype=torch.float32)
-    slots = state["positions"].shape[1] if "positions" in state else None
-    if slots is None or any(x.shape[1:2] != (slots,) for x in state.values()):
+    state = block.init_state(1, max_tokens=1, device="cpu", dtype=torch.float32)
+    if block.mixer.cache_slots(state, torch.zeros(1, 1, dtype=torch.int64)) is None:
         raise ValueError(
             f"exit_threshold: the core's mixer {type(block.mixer).__name__} keeps no cache with "
             "entries of single tokens, so that no token can leave iterations out, expected "
-            "attention in the core; set exit_threshold=null"
+            "attention or mla in the core; set exit_threshold=null"
         )
 
 
-def keep_entries(before: State, state: State, still_B: Tensor, positions_B: Tensor) -> None:
+def keep_entries(before: State, state: State, still_B: Tensor, slots_B1: Tensor) -> None:
     """Write, in place, the entries of a token from one iteration's cache into the next one's, for
     the rows that are still."""
-    rows_B = torch.arange(positions_B.shape[0], device=positions_B.device)
-    # every row's slot of this token is written in the cache of the iteration before
-    slots_B = (before["positions"] == positions_B[:, None]).int().argmax(dim=1)
+    where = (torch.arange(len(slots_B1), device=slots_B1.device)[:, None], slots_B1)
     for name, cache in state.items():
-        old, new = before[name][rows_B, slots_B], cache[rows_B, slots_B]
-        cache[rows_B, slots_B] = torch.where(still_B.view(-1, *[1] * (new.ndim - 1)), old, new)
+        old, new = before[name][where], cache[where]
+        cache[where] = torch.where(still_B.view(-1, *[1] * (new.ndim - 1)), old, new)
 
 
 def draw_repeats(seed: int, mean: int) -> int:

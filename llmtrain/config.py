@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from llmtrain import groups
+from llmtrain import build, groups
 from llmtrain.validate import validate
 
 # Values without a default that a prepared corpus makes unnecessary.
@@ -43,6 +43,8 @@ def compose(
         groups.check_group(override, found, chosen, command)
     try:
         raw, choices = hydra_compose(command, overrides, config_dirs)
+        if groups.given(typed, "position") is None and has_idle_position(raw, choices):
+            raw, choices = hydra_compose(command, [*overrides, "position=none"], config_dirs)
     except ValueError:
         check_keys(command, by_group, values, config_dirs)  # says it better, if that is it
         raise
@@ -65,6 +67,20 @@ def compose(
     config = {**resolved, "choices": choices, "overrides": list(overrides)}
     validate(command, config, OmegaConf.to_container(raw, resolve=False), typed)
     return config
+
+
+def has_idle_position(raw: DictConfig, choices: dict[str, str]) -> bool:
+    """Whether the position is rotary though no mixer reads angles: a default that nobody typed then
+    gives way to position=none."""
+    if not {"position", "mixer"} <= choices.keys():
+        return False
+    config = {
+        **OmegaConf.to_container(OmegaConf.masked_copy(raw, ["position", "mixer", "mixers"])),
+        "choices": choices,
+    }
+    if not build.target(config["position"], build.label(config, "position")).rotary_kind:
+        return False
+    return not any(build.target(*part).uses_positions for part in build.mounted(config).values())
 
 
 def check_keys(

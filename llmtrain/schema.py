@@ -51,6 +51,7 @@ class Model:
     vocab_multiple: int
     tie_embeddings: bool
     norm_eps: float
+    qk_norm: bool
     rope_theta: float
     max_seq_len: int
     init_std: float

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import yaml
 
 from llmtrain import build, config, groups
 
@@ -32,21 +31,34 @@ def test_resolved(command):
         assert "???" not in str(value), place
 
 
-def needed(group, name):
-    """What an option cannot do without; rotary positions would have no effect on some mixers."""
-    typed = WITH.get((group, name), [])
-    if group != "mixer":
-        return typed
-    node = yaml.safe_load((groups.config_root() / "mixer" / f"{name}.yaml").read_text())
-    rotated = build.target(node, f"mixer={name}").uses_positions
-    return typed if rotated else [*typed, "position=none"]
-
-
 @pytest.mark.parametrize(("group", "name"), OPTIONS, ids=[f"{g}={n}" for g, n in OPTIONS])
 def test_every_option_composes(group, name):
     """compose() also builds the model on meta and compares knobs with signatures."""
-    made = config.compose("train", [f"{group}={name}", *needed(group, name)])
+    made = config.compose("train", [f"{group}={name}", *WITH.get((group, name), [])])
     assert made["choices"][group] == name
+
+
+@pytest.mark.parametrize("stack", groups.options()["stack"])
+@pytest.mark.parametrize("mixer", groups.options()["mixer"])
+def test_the_quickstart_takes_every_mixer_in_every_stack(mixer, stack):
+    """With one channel each, so that all of them come up."""
+    channels = groups.options()["channel"]
+    index = groups.options()["mixer"].index(mixer) + groups.options()["stack"].index(stack)
+    channel = channels[index % len(channels)]
+    chosen = {"mixer": mixer, "stack": stack, "channel": channel, "experiment": "quickstart"}
+    made = config.compose("train", [f"{group}={name}" for group, name in chosen.items()])
+    assert made["choices"].items() >= chosen.items()
+
+
+def test_a_default_position_without_effect_gives_way():
+    plain, rotated = config.compose("train", ["mixer=mamba2"]), config.compose("train")
+    assert (plain["choices"]["position"], rotated["choices"]["position"]) == ("none", "rope")
+    assert plain["overrides"] == ["mixer=mamba2"]
+    hybrid = config.compose("train", ["mixer=mamba2", "stack=hybrid"])
+    assert hybrid["choices"]["position"] == "rope"
+    for typed in ("position=rope", "position.theta=5.0"):
+        with pytest.raises(ValueError, match="position=rope: has no effect"):
+            config.compose("train", ["mixer=mamba2", typed])
 
 
 @pytest.mark.parametrize("command", ["train", "prep", "plan"])

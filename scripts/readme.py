@@ -1,10 +1,10 @@
-"""Writes the parts of README.md that follow from the files: groups, mixers, tree.
+"""Writes the parts of README.md that follow from the files: groups, mixers, channels, stacks, tree.
 
     python scripts/readme.py           write them
     python scripts/readme.py --check   exit 1 when README.md is not up to date (tests/test_docs.py)
 
-Each part stands between <!-- name --> and <!-- /name -->. The equations in the table of mixers are
-written by hand and kept.
+Each part stands between <!-- name --> and <!-- /name -->. The equations in the tables are written
+by hand and kept.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ import re
 import subprocess
 from pathlib import Path
 
+import torch
+
 from llmtrain import build, groups
 from llmtrain.config import compose
+from llmtrain.model.language_model import LanguageModel
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
-MIXER_MODEL, MIXER_TOKENS = "gpt_124m", 8192
+SHOWN_MODEL, SHOWN_TOKENS = "gpt_124m", 8192
 WITHOUT_EQUATION = "(write the equation here)"
 
 # Half a line for what has no docstring or title of its own.
@@ -60,25 +63,59 @@ def groups_table() -> list[str]:
     return lines
 
 
+def equations(written: str) -> dict[str, str]:
+    """Option -> the equation that stands in a table of README.md."""
+    return dict(re.findall(r"(?m)^\| `(\w+)` \| (.*?) \| [\d,]+ \|", written))
+
+
+def row(name: str, known: dict[str, str], *numbers: float) -> str:
+    cells = " | ".join(f"{round(number):,}" for number in numbers)
+    return f"| `{name}` | {known.get(name, WITHOUT_EQUATION)} | {cells} |"
+
+
+def shown_model(group: str, name: str) -> LanguageModel:
+    config = compose("train", [f"model={SHOWN_MODEL}", f"{group}={name}"])
+    return build.build_model(config, vocab_size=256, device="meta")
+
+
+def numel(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def mixers_table(written: str) -> list[str]:
-    """Every mixer: equation (kept), parameters of a layer, state and FLOPs at MIXER_TOKENS."""
-    equations = dict(re.findall(r"(?m)^\| `(\w+)` \| (.*?) \| [\d,]+ \|", written))
-    lines = [
-        "| mixer | equation | parameters | state, bytes | FLOPs a token |",
-        "|---|---|---:|---:|---:|",
-    ]
+    """Every mixer: equation (kept), parameters of a layer, state and FLOPs at SHOWN_TOKENS."""
+    known, lines = equations(written), [*head("mixer", "parameters", "state, bytes")]
     for name in groups.options()["mixer"]:
-        config = compose("train", [f"model={MIXER_MODEL}", f"mixer={name}"])
-        model = build.build_model(config, vocab_size=256, device="meta")
-        mixer = model.stack.blocks[0].mixer
-        numbers = (
-            sum(parameter.numel() for parameter in mixer.parameters()),
-            mixer.state_bytes(MIXER_TOKENS),
-            round(mixer.flops_per_token(MIXER_TOKENS)),
-        )
-        cells = " | ".join(f"{number:,}" for number in numbers)
-        lines.append(f"| `{name}` | {equations.get(name, WITHOUT_EQUATION)} | {cells} |")
+        mixer = shown_model("mixer", name).stack.blocks[0].mixer
+        state, flops = mixer.state_bytes(SHOWN_TOKENS), mixer.flops_per_token(SHOWN_TOKENS)
+        lines.append(row(name, known, numel(mixer), state, flops))
     return lines
+
+
+def channels_table(written: str) -> list[str]:
+    """Every channel: equation (kept), parameters of a layer, those that a token uses, FLOPs."""
+    known, lines = equations(written), [*head("channel", "parameters", "active")]
+    for name in groups.options()["channel"]:
+        channel = shown_model("channel", name).stack.blocks[0].channel
+        total = numel(channel)
+        used = total - channel.idle_parameters()
+        lines.append(row(name, known, total, used, channel.flops_per_token()))
+    return lines
+
+
+def stacks_table(written: str) -> list[str]:
+    """Every stack over attention: equation (kept), its parameters, state and FLOPs."""
+    known, lines = equations(written), [*head("stack", "parameters", "state, bytes")]
+    for name in groups.options()["stack"]:
+        stack = shown_model("stack", name).stack
+        state, flops = stack.state_bytes(SHOWN_TOKENS), stack.flops_per_token(SHOWN_TOKENS)
+        lines.append(row(name, known, numel(stack), state, flops))
+    return lines
+
+
+def head(option: str, *columns: str) -> tuple[str, str]:
+    names = [option, "equation", *columns, "FLOPs a token"]
+    return f"| {' | '.join(names)} |", "|---|---|---:|---:|---:|"
 
 
 def tree() -> list[str]:
@@ -133,11 +170,13 @@ def shortened(text: str) -> str:
 
 def renewed(text: str) -> str:
     """README.md's text with every generated part written anew."""
-    for name, make in (("groups", groups_table), ("mixers", mixers_table), ("tree", tree)):
+    tables = (mixers_table, channels_table, stacks_table)
+    for make in (groups_table, *tables, tree):
+        name = make.__name__.removesuffix("_table")
         start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         before, _, rest = text.partition(start)
         written, _, after = rest.partition(end)
-        lines = make(written) if make is mixers_table else make()
+        lines = make(written) if make in tables else make()
         text = before + start + "\n" + "\n".join(lines) + "\n\n" + end + after
     return text
 

@@ -55,7 +55,7 @@ def test_generated_parts_are_current():
     text = readme.README.read_text(encoding="utf-8")
     assert readme.renewed(text) == text
     assert readme.WITHOUT_EQUATION not in text
-    for name in ("groups", "mixers", "tree"):
+    for name in ("groups", "mixers", "channels", "stacks", "tree"):
         assert text.count(f"<!-- {name} -->") == text.count(f"<!-- /{name} -->") == 1
 
 

@@ -11,6 +11,7 @@ in the table (any CPU too) has no MFU: a measured matmul rate would not be compa
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from llmtrain.channels.base import Channel
+from llmtrain.mixers.base import Mixer
 from llmtrain.model.language_model import LanguageModel
 from llmtrain.model.linear import Linear
 
@@ -169,18 +171,20 @@ def memory_per_rank(
         gradients=whole if stage < 2 else shard,
         optimizer=2 * (whole if stage == 0 else shard),
         buffers=FP32_BYTES * min(bucket_elements, count) if world_size > 1 else 0,
-        activations=activation_bytes(model, tokens, activation_checkpointing),
+        activations=activation_bytes(model, tokens, activation_checkpointing, compiled=compiled),
         logits=logits_bytes(model, tokens, compiled=compiled, chunk_tokens=chunk_tokens),
         step=shard if stage > 0 else 0,
     )
 
 
-def activation_bytes(model: LanguageModel, tokens: int, activation_checkpointing: str) -> int:
+def activation_bytes(
+    model: LanguageModel, tokens: int, activation_checkpointing: str, *, compiled: bool = False
+) -> int:
     """Bytes kept for the backward pass of that many tokens, without head and loss.
 
     Inputs and outputs of every linear layer and expert are counted, which stands for what lies
-    between them too (queries, gates, norms); in half precision also the weights' copies in that
-    dtype.
+    between them too (queries, gates, norms); what recurrent mixers keep besides, and in half
+    precision the weights' copies in that dtype.
     """
     size = model.compute_dtype.itemsize
     per_application = []
@@ -190,7 +194,9 @@ def activation_bytes(model: LanguageModel, tokens: int, activation_checkpointing
         values = sum(m.in_features + m.out_features for m in linears) + sum(v for v, _ in kept)
         weights = sum(m.weight.numel() for m in linears) + sum(w for _, w in kept)
         copies = weights if size < FP32_BYTES else 0
-        per_application.append(size * (values * tokens + copies))
+        mixers = [m for m in block.modules() if isinstance(m, Mixer)]
+        mixed = sum(m.kept_bytes(model.compute_dtype, compiled=compiled) for m in mixers)
+        per_application.append(size * (values * tokens + copies) + math.ceil(mixed * tokens))
     if activation_checkpointing == "none":
         return sum(per_application)
     inputs = size * tokens * model.embedding.weight.shape[1] * len(per_application)

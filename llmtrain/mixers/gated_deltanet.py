@@ -199,6 +199,17 @@ class GatedDeltaNet(Mixer):
         conv_bytes = (self.d_conv - 1) * sum(self.qkv_widths) * dtype.itemsize
         return conv_bytes + self.n_v_heads * self.head_dim * self.v_width * s_dtype.itemsize
 
+    def kept_bytes(self, dtype: torch.dtype, *, compiled: bool) -> float:
+        size, wide = dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
+        keys, values = self.n_v_heads * self.head_dim, self.n_v_heads * self.v_width
+        convolved, pairs = sum(self.qkv_widths), self.n_v_heads * self.chunk
+        states = size * keys * self.v_width / self.chunk
+        kept = states + size * 2 * (convolved + keys + values)
+        kept += wide * (6 * pairs + 4 * keys + 2 * values)  # the chunks' systems are float32
+        if compiled:
+            return kept
+        return kept + wide * (2 * pairs + 4 * keys + 4 * values + convolved)
+
 
 def unit(x_BTGK: Tensor) -> Tensor:
     """x / sqrt(|x|^2 + eps) a head, in x's dtype."""

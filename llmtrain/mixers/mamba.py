@@ -201,6 +201,12 @@ class Mamba(Mixer):
         conv_bytes = (self.d_conv - 1) * self.d_inner * dtype.itemsize
         return conv_bytes + self.d_inner * self.d_state * state_dtype.itemsize
 
+    def kept_bytes(self, dtype: torch.dtype, *, compiled: bool) -> float:
+        size, wide = dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
+        states = wide * self.d_inner * self.d_state / self.chunk  # one before every chunk
+        kept = states + (4 * size + wide) * self.d_inner
+        return kept if compiled else kept + 6 * wide * self.d_inner
+
 
 def check_knobs(
     d_model: int,

@@ -195,6 +195,15 @@ class Mamba2(Mixer):
         conv_bytes = (self.d_conv - 1) * self.conv_width * dtype.itemsize
         return conv_bytes + self.d_inner * self.d_state * state_dtype.itemsize
 
+    def kept_bytes(self, dtype: torch.dtype, *, compiled: bool) -> float:
+        size, wide = dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
+        inner, convolved, weights = self.d_inner, self.conv_width, self.n_heads * self.chunk
+        states = (size + wide) * inner * self.d_state / self.chunk  # as made, and as read
+        kept = states + size * (3 * inner + 2 * convolved + weights) + wide * 2 * inner
+        if compiled:
+            return kept
+        return kept + size * 2 * inner + wide * (4 * inner + convolved + weights)
+
 
 class GatedRMSNorm(nn.Module):
     """norm(y * silu(z)) or norm(y) * silu(z), with one gain a channel, first 1.

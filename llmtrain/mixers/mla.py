@@ -253,6 +253,9 @@ class LatentAttention(Mixer):
     def state_bytes(self, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
         return tokens * (self.kv_lora_rank + self.rope) * dtype.itemsize
 
+    def kept_bytes(self, dtype: torch.dtype, *, compiled: bool) -> float:
+        return dtype.itemsize * self.n_heads * (self.nope + self.rope)  # keys, put together
+
 
 def check_heads(d_model: int, n_heads: int, head_dim: int | None) -> None:
     """ValueError for heads that cannot be made."""

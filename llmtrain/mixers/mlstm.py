@@ -181,6 +181,15 @@ class MLSTM(Mixer):
         state = self.init_state(1, max_tokens=tokens, device="meta", dtype=dtype)
         return sum(z.numel() * z.itemsize for z in state.values())
 
+    def kept_bytes(self, dtype: torch.dtype, *, compiled: bool) -> float:
+        size, wide = dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
+        weights, convolved = self.n_heads * self.chunk, 0 if self.d_conv is None else self.d_model
+        # 8 more columns of values a head: the normaliser, filled up
+        values = self.v_width + (8 * self.n_heads if self.input_gate == "exp" else 0)
+        states = (size + wide) * self.qk_width * values / self.n_heads / self.chunk
+        kept = states + size * (4 * values + 2 * self.qk_width + 2 * weights + 2 * convolved)
+        return kept if compiled else kept + size * 2 * values + wide * (weights + convolved)
+
 
 def check_knobs(
     input_gate: str, gate_soft_cap: float | None, d_conv: int | None, chunk: int, backend: str

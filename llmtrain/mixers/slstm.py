@@ -161,6 +161,12 @@ class SLSTM(Mixer):
         state = self.init_state(1, max_tokens=tokens, device="meta", dtype=dtype)
         return sum(z.numel() * z.itemsize for z in state.values())
 
+    def kept_bytes(self, dtype: torch.dtype, *, compiled: bool) -> float:
+        size, wide = dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
+        kept = (8 * wide + 4 * size) * self.d_model  # gates, c, n, m, h; operands of BlockLinear
+        convolved = 0 if compiled or self.d_conv is None else self.d_model
+        return kept + wide * convolved
+
 
 def check_knobs(
     d_model: int, n_heads: int, d_conv: int | None, forget_gate: str, backend: str

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from llmtrain.context import SequenceContext
 from llmtrain.mixers.base import Mixer, State
+from llmtrain.mixers.checks import check_backend
 from llmtrain.model.init import depth_std
 from llmtrain.model.linear import Linear
 from llmtrain.model.norm import RMSNorm
@@ -326,11 +327,7 @@ def check_options(qk_norm: bool, zero_centered: bool, backend: str) -> None:
             "attention: got qk_norm_zero_centered=true with qk_norm=false, where it has no "
             "effect, expected false; set mixer.qk_norm=true or leave it out"
         )
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(
-            f"attention: got backend={backend!r}, expected auto or one of "
-            f"{', '.join(BACKENDS)}; set mixer.backend"
-        )
+    check_backend("attention", backend, BACKENDS)
 
 
 def check_biases(bias: bool, qk_bias: bool, output_gate: bool) -> None:

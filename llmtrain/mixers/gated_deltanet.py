@@ -35,12 +35,14 @@ from torch import Tensor, nn
 
 from llmtrain.context import SequenceContext
 from llmtrain.mixers.base import Mixer, State
-from llmtrain.model.init import depth_std
+from llmtrain.mixers.checks import check_backend, check_rates, check_sizes
+from llmtrain.model.init import depth_std, fill_time_steps
 from llmtrain.model.linear import Linear
 from llmtrain.model.norm import RMSNorm
 
 L2_EPS = 1e-6  # added to the squared norm of queries and keys, as published models have it
 GATE_LIMIT = 1e4  # of |W_z x|
+FIRST_DECAYS = (0.001, 0.1, 0.01, 16.0)  # dt_min, dt_max and A_range unless they are given
 
 
 class GatedDeltaNet(Mixer):
@@ -71,17 +73,20 @@ class GatedDeltaNet(Mixer):
         output_gate: bool = True,
         allow_neg_eigval: bool = False,
         norm_eps: float = 1e-5,
-        dt_min: float = 0.001,
-        dt_max: float = 0.1,
-        A_range: Sequence[float] = (0.01, 16.0),
+        dt_min: float = FIRST_DECAYS[0],
+        dt_max: float = FIRST_DECAYS[1],
+        A_range: Sequence[float] = FIRST_DECAYS[2:],
         init_std: float = 0.02,
         chunk: int = 64,
         backend: str = "auto",
     ):
         super().__init__()
         n_v_heads = n_heads if n_v_heads is None else n_v_heads
-        check_heads(n_heads, n_v_heads, d_conv, chunk, backend)
-        check_ranges(dt_min, dt_max, A_range)
+        check_heads(n_heads, n_v_heads)
+        check_sizes("gated_deltanet", {"d_conv": d_conv})
+        check_chunk(chunk)
+        check_decay(decay, dt_min, dt_max, A_range)
+        check_backend("gated_deltanet", backend, BACKENDS)
         self.n_heads, self.n_v_heads = n_heads, n_v_heads
         self.head_dim = key_width(d_model, n_heads, head_dim, expand_k)
         self.v_width = value_width(self.head_dim, expand_v)
@@ -112,8 +117,7 @@ class GatedDeltaNet(Mixer):
                 self.conv_bias.zero_()
             if self.decay:
                 self.A_log.uniform_(*self.A_range).log_()
-                self.dt_bias.uniform_(math.log(self.dt_min), math.log(self.dt_max)).exp_()
-                self.dt_bias.add_(torch.log(-torch.expm1(-self.dt_bias)))  # softplus of it is dt
+                fill_time_steps(self.dt_bias, self.dt_min, self.dt_max)
 
     def forward(
         self, x_BTD: Tensor, ctx: SequenceContext, state: State | None = None
@@ -226,10 +230,7 @@ def key_width(d_model: int, n_heads: int, head_dim: int | None, expand_k: float 
             "them, the other null; set mixer.head_dim or mixer.expand_k"
         )
     if expand_k is None:
-        if head_dim < 1:
-            raise ValueError(
-                f"gated_deltanet: got head_dim={head_dim}, expected at least 1; set mixer.head_dim"
-            )
+        check_sizes("gated_deltanet", {"head_dim": head_dim})
         return head_dim
     width = round(expand_k * d_model / n_heads)
     if width < 1 or not math.isclose(width * n_heads, expand_k * d_model, rel_tol=1e-6):
@@ -254,39 +255,35 @@ def value_width(head_dim: int, expand_v: float) -> int:
     return width
 
 
-def check_heads(n_heads: int, n_v_heads: int, d_conv: int, chunk: int, backend: str) -> None:
-    """ValueError for counts that do not divide, and for an unknown backend."""
+def check_heads(n_heads: int, n_v_heads: int) -> None:
+    """ValueError for counts that do not divide."""
     if n_heads < 1 or n_v_heads < 1 or n_v_heads % n_heads:
         raise ValueError(
             f"gated_deltanet: got n_heads={n_heads} and n_v_heads={n_v_heads}, expected positive "
             "numbers, the first dividing the second; set mixer.n_heads or mixer.n_v_heads"
         )
-    if d_conv < 1:
-        raise ValueError(
-            f"gated_deltanet: got d_conv={d_conv}, expected at least 1 (the token itself); set "
-            "mixer.d_conv"
-        )
+
+
+def check_chunk(chunk: int) -> None:
+    """ValueError unless halves of a chunk have halves, down to single tokens."""
     if chunk < 1 or chunk & (chunk - 1):
         raise ValueError(
             f"gated_deltanet: got chunk={chunk}, expected a power of two; set mixer.chunk to 32, "
             "64 or 128"
         )
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(
-            f"gated_deltanet: got backend={backend!r}, expected auto or one of "
-            f"{', '.join(BACKENDS)}; set mixer.backend"
-        )
 
 
-def check_ranges(dt_min: float, dt_max: float, A_range: Sequence[float]) -> None:
-    """ValueError for ranges that are empty or have no logarithm."""
+def check_decay(decay: bool, dt_min: float, dt_max: float, A_range: Sequence[float]) -> None:
+    """ValueError for first values that cannot be, or that no decay would read."""
     if not 0 < dt_min <= dt_max:
         raise ValueError(
             f"gated_deltanet: got dt_min={dt_min} and dt_max={dt_max}, expected 0 < dt_min <= "
             "dt_max; set mixer.dt_min, mixer.dt_max"
         )
-    if len(A_range) != 2 or not 0 < A_range[0] <= A_range[1]:
+    check_rates("gated_deltanet", A_range)
+    if not decay and (dt_min, dt_max, *A_range) != FIRST_DECAYS:
         raise ValueError(
-            f"gated_deltanet: got A_range={list(A_range)}, expected [lowest, highest] with "
-            "0 < lowest <= highest; set mixer.A_range"
+            f"gated_deltanet: got dt_min={dt_min}, dt_max={dt_max} and A_range={list(A_range)} "
+            "with decay=false, where they have no effect, expected their defaults; leave them "
+            "out, or set mixer.decay=true"
         )

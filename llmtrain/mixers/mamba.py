@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 from llmtrain.context import SequenceContext
 from llmtrain.mixers.base import Mixer, State
-from llmtrain.model.init import depth_std
+from llmtrain.mixers.checks import check_backend, check_limits, check_sizes, check_time_steps
+from llmtrain.model.init import depth_std, fill_time_steps
 from llmtrain.model.linear import Linear, cast_parameter
 from llmtrain.model.norm import RMSNorm
 
@@ -77,8 +78,12 @@ class Mamba(Mixer):
     ):
         super().__init__()
         rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
-        check_knobs(d_model, rank, d_state, expand, d_conv, n_heads, chunk, backend)
-        check_steps(dt_min, dt_max, dt_floor, dt_limit)
+        sizes = {"d_state": d_state, "expand": expand, "d_conv": d_conv, "n_heads": n_heads}
+        check_sizes("mamba", {**sizes, "chunk": chunk})
+        check_ranks(rank, n_heads, expand * d_model)
+        check_time_steps("mamba", dt_min, dt_max, dt_floor)
+        check_limits("mamba", dt_limit)
+        check_backend("mamba", backend, BACKENDS)
         self.d_inner, self.d_state, self.d_conv = expand * d_model, d_state, d_conv
         self.dt_rank, self.n_heads, self.init_std = int(rank), n_heads, init_std
         self.dt_min, self.dt_max, self.dt_floor = dt_min, dt_max, dt_floor
@@ -109,9 +114,7 @@ class Mamba(Mixer):
             self.dt_proj.uniform_(-bound, bound)
             self.A_log.copy_(torch.arange(1, self.d_state + 1, device=self.A_log.device).log())
             self.D.fill_(1.0)
-            self.dt_bias.uniform_(math.log(self.dt_min), math.log(self.dt_max))
-            dt_F = self.dt_bias.exp().clamp(min=self.dt_floor)
-            self.dt_bias.copy_(dt_F + torch.log(-torch.expm1(-dt_F)))  # softplus of it is dt
+            fill_time_steps(self.dt_bias, self.dt_min, self.dt_max, dt_floor=self.dt_floor)
 
     def forward(
         self, x_BTD: Tensor, ctx: SequenceContext, state: State | None = None
@@ -208,47 +211,15 @@ class Mamba(Mixer):
         return kept if compiled else kept + 6 * wide * self.d_inner
 
 
-def check_knobs(
-    d_model: int,
-    dt_rank: int | str,
-    d_state: int,
-    expand: int,
-    d_conv: int,
-    n_heads: int,
-    chunk: int,
-    backend: str,
-) -> None:
-    """ValueError for sizes that cannot be or do not divide, and for unknown backends."""
+def check_ranks(dt_rank: int | str, n_heads: int, d_inner: int) -> None:
+    """ValueError for a rank that cannot be, and heads that do not divide the channels."""
     if not isinstance(dt_rank, int) or dt_rank < 1:
         raise ValueError(
             f"mamba: got dt_rank={dt_rank!r}, expected at least 1, or auto for d_model / 16; "
             "set mixer.dt_rank"
         )
-    sizes = {"d_state": d_state, "expand": expand, "d_conv": d_conv, "chunk": chunk}
-    for name, size in {**sizes, "n_heads": n_heads}.items():
-        if size < 1:
-            raise ValueError(f"mamba: got {name}={size}, expected at least 1; set mixer.{name}")
-    if expand * d_model % n_heads:
+    if d_inner % n_heads:
         raise ValueError(
             f"mamba: got n_heads={n_heads}, expected a divisor of expand * d_model = "
-            f"{expand * d_model}; set mixer.n_heads, mixer.expand or model.d_model"
-        )
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(
-            f"mamba: got backend={backend!r}, expected auto or one of {', '.join(BACKENDS)}; "
-            "set mixer.backend"
-        )
-
-
-def check_steps(dt_min: float, dt_max: float, dt_floor: float, dt_limit: Sequence[float]) -> None:
-    """ValueError for ranges that are empty or have no logarithm."""
-    if not 0 < dt_min <= dt_max or dt_floor <= 0:
-        raise ValueError(
-            f"mamba: got dt_min={dt_min}, dt_max={dt_max}, dt_floor={dt_floor}, expected "
-            "0 < dt_min <= dt_max and dt_floor > 0; set mixer.dt_min, mixer.dt_max, mixer.dt_floor"
-        )
-    if len(dt_limit) != 2 or not 0 <= dt_limit[0] < dt_limit[1]:
-        raise ValueError(
-            f"mamba: got dt_limit={list(dt_limit)}, expected [lowest, highest] with "
-            "0 <= lowest < highest; set mixer.dt_limit"
+            f"{d_inner}; set mixer.n_heads, mixer.expand or model.d_model"
         )

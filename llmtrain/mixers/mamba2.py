@@ -21,7 +21,6 @@ published checkpoints have dt_limit (0, inf).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -33,7 +32,14 @@ from torch import Tensor, nn
 
 from llmtrain.context import SequenceContext
 from llmtrain.mixers.base import Mixer, State
-from llmtrain.model.init import depth_std
+from llmtrain.mixers.checks import (
+    check_backend,
+    check_limits,
+    check_rates,
+    check_sizes,
+    check_time_steps,
+)
+from llmtrain.model.init import depth_std, fill_time_steps
 from llmtrain.model.linear import Linear
 
 GATE_LIMIT = 1e4  # of |z|: squares of gated outputs stay finite in float32
@@ -79,13 +85,13 @@ class Mamba2(Mixer):
         super().__init__()
         d_inner = expand * d_model
         norm_groups = n_groups if norm_groups is None else norm_groups
-        check_sizes(d_inner, d_state, n_groups, head_dim, norm_groups, d_conv, chunk)
-        check_ranges(dt_min, dt_max, dt_floor, dt_limit, A_range)
-        if backend not in ("auto", *BACKENDS):
-            raise ValueError(
-                f"mamba2: got backend={backend!r}, expected auto or one of "
-                f"{', '.join(BACKENDS)}; set mixer.backend"
-            )
+        sizes = {"d_state": d_state, "n_groups": n_groups, "head_dim": head_dim, "chunk": chunk}
+        check_sizes("mamba2", {**sizes, "d_conv": d_conv, "norm_groups": norm_groups})
+        check_groups(d_inner, n_groups, head_dim, norm_groups)
+        check_time_steps("mamba2", dt_min, dt_max, dt_floor)
+        check_limits("mamba2", dt_limit)
+        check_rates("mamba2", A_range)
+        check_backend("mamba2", backend, BACKENDS)
         self.d_inner, self.d_state, self.n_groups = d_inner, d_state, n_groups
         self.head_dim, self.n_heads, self.d_conv = head_dim, d_inner // head_dim, d_conv
         self.dt_min, self.dt_max, self.dt_floor = dt_min, dt_max, dt_floor
@@ -111,9 +117,7 @@ class Mamba2(Mixer):
                 self.conv_bias.zero_()
             self.A_log.uniform_(*self.A_range).log_()
             self.D.fill_(1.0)
-            self.dt_bias.uniform_(math.log(self.dt_min), math.log(self.dt_max))
-            dt_H = self.dt_bias.exp().clamp(min=self.dt_floor)
-            self.dt_bias.copy_(dt_H + torch.log(-torch.expm1(-dt_H)))  # softplus of it is dt
+            fill_time_steps(self.dt_bias, self.dt_min, self.dt_max, dt_floor=self.dt_floor)
 
     def forward(
         self, x_BTD: Tensor, ctx: SequenceContext, state: State | None = None
@@ -237,20 +241,8 @@ class GatedRMSNorm(nn.Module):
         return rearrange(split, "... g e -> ... (g e)") * self.weight
 
 
-def check_sizes(
-    d_inner: int,
-    d_state: int,
-    n_groups: int,
-    head_dim: int,
-    norm_groups: int,
-    d_conv: int,
-    chunk: int,
-) -> None:
+def check_groups(d_inner: int, n_groups: int, head_dim: int, norm_groups: int) -> None:
     """ValueError for sizes that do not divide."""
-    sizes = {"d_state": d_state, "n_groups": n_groups, "head_dim": head_dim, "d_conv": d_conv}
-    for name, size in {**sizes, "norm_groups": norm_groups, "chunk": chunk}.items():
-        if size < 1:
-            raise ValueError(f"mamba2: got {name}={size}, expected at least 1; set mixer.{name}")
     if d_inner < 1 or d_inner % head_dim:
         raise ValueError(
             f"mamba2: got expand * d_model = {d_inner} and head_dim={head_dim}, expected a "
@@ -266,29 +258,4 @@ def check_sizes(
         raise ValueError(
             f"mamba2: got norm_groups={norm_groups}, expected a divisor of expand * d_model = "
             f"{d_inner}; set mixer.norm_groups (null: n_groups)"
-        )
-
-
-def check_ranges(
-    dt_min: float,
-    dt_max: float,
-    dt_floor: float,
-    dt_limit: Sequence[float],
-    A_range: Sequence[float],
-) -> None:
-    """ValueError for ranges that are empty or have no logarithm."""
-    if not 0 < dt_min <= dt_max or dt_floor <= 0:
-        raise ValueError(
-            f"mamba2: got dt_min={dt_min}, dt_max={dt_max}, dt_floor={dt_floor}, expected "
-            "0 < dt_min <= dt_max and dt_floor > 0; set mixer.dt_min, mixer.dt_max, mixer.dt_floor"
-        )
-    if len(dt_limit) != 2 or not 0 <= dt_limit[0] < dt_limit[1]:
-        raise ValueError(
-            f"mamba2: got dt_limit={list(dt_limit)}, expected [lowest, highest] with "
-            "0 <= lowest < highest; set mixer.dt_limit"
-        )
-    if len(A_range) != 2 or not 0 < A_range[0] <= A_range[1]:
-        raise ValueError(
-            f"mamba2: got A_range={list(A_range)}, expected [lowest, highest] with "
-            "0 < lowest <= highest; set mixer.A_range"
         )

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from llmtrain.context import SequenceContext
 from llmtrain.mixers.base import Mixer, State
+from llmtrain.mixers.checks import check_backend
 from llmtrain.model.init import depth_std
 from llmtrain.model.linear import Linear, cast_parameter
 from llmtrain.model.norm import RMSNorm
@@ -286,11 +287,7 @@ def check_knobs(
             f"mla: got qk_rope_head_dim={widths['qk_rope_head_dim']}, expected an even number "
             "(rotation turns pairs); set mixer.qk_rope_head_dim or mixer.head_dim"
         )
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(
-            f"mla: got backend={backend!r}, expected auto or one of {', '.join(BACKENDS)}; set "
-            "mixer.backend"
-        )
+    check_backend("mla", backend, BACKENDS)
     if yarn_factor is not None and (yarn_factor < 1 or softmax_scale is not None):
         raise ValueError(
             f"mla: got yarn_factor={yarn_factor} and softmax_scale={softmax_scale}, expected a "

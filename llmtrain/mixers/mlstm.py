@@ -15,6 +15,8 @@ weight and H (4 K V + 2 K) for the memory. State: C, n, m in float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from einops import rearrange
 from llmtrain_kernels.causal_conv import causal_conv
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from llmtrain.context import SequenceContext
 from llmtrain.mixers.base import Mixer, State
+from llmtrain.mixers.checks import check_backend, check_optional_window, check_sizes
 from llmtrain.model.head_norm import HeadNorm
 from llmtrain.model.init import depth_std
 from llmtrain.model.linear import Linear
@@ -50,7 +53,7 @@ class MLSTM(Mixer):
         input_gate: str = "exp",
         gate_soft_cap: float | None = 15.0,
         input_gate_bias: float = -10.0,
-        forget_gate_bias: tuple[float, float] = (3.0, 6.0),
+        forget_gate_bias: Sequence[float] = (3.0, 6.0),
         gate_init_std: float = 0.0,
         head_norm: str = "layernorm",
         norm_eps: float = 1e-6,
@@ -60,7 +63,10 @@ class MLSTM(Mixer):
         backend: str = "auto",
     ):
         super().__init__()
-        check_knobs(input_gate, gate_soft_cap, d_conv, chunk, backend)
+        check_gates(input_gate, gate_soft_cap, forget_gate_bias)
+        check_optional_window("mlstm", d_conv)
+        check_sizes("mlstm", {"n_heads": n_heads, "chunk": chunk})
+        check_backend("mlstm", backend, BACKENDS)
         self.d_model, self.n_heads = d_model, n_heads
         self.qk_width = whole_heads(d_model, qk_dim_factor, n_heads, "qk_dim_factor")
         self.v_width = whole_heads(d_model, v_dim_factor, n_heads, "v_dim_factor")
@@ -128,7 +134,9 @@ class MLSTM(Mixer):
         y_BTD = self.out_proj(self.o_proj(x_BTD).sigmoid() * self.norm(h_BTHV))
         if state is None:
             return y_BTD, None
-        new_state |= {n: z.to(state[n].dtype) for n, z in zip(self.memory_names, memory)}
+        new_state |= {
+            n: z.to(state[n].dtype) for n, z in zip(self.memory_names, memory, strict=True)
+        }
         return y_BTD, new_state
 
     def gates(self, x_BTD: Tensor) -> Tensor:
@@ -191,10 +199,10 @@ class MLSTM(Mixer):
         return kept if compiled else kept + size * 2 * values + wide * (weights + convolved)
 
 
-def check_knobs(
-    input_gate: str, gate_soft_cap: float | None, d_conv: int | None, chunk: int, backend: str
+def check_gates(
+    input_gate: str, gate_soft_cap: float | None, forget_gate_bias: Sequence[float]
 ) -> None:
-    """ValueError for a value that no mLSTM can have."""
+    """ValueError for gates that no mLSTM can have."""
     if input_gate not in INPUT_GATES:
         raise ValueError(
             f"mlstm: got input_gate={input_gate!r}, expected one of {', '.join(INPUT_GATES)}; "
@@ -205,24 +213,17 @@ def check_knobs(
             f"mlstm: got gate_soft_cap={gate_soft_cap}, expected a positive number or null; "
             "set mixer.gate_soft_cap"
         )
-    if d_conv is not None and d_conv < 2:
+    if len(forget_gate_bias) != 2:
         raise ValueError(
-            f"mlstm: got d_conv={d_conv}, expected at least 2, or null for no convolution; "
-            "set mixer.d_conv"
-        )
-    if chunk < 1:
-        raise ValueError(f"mlstm: got chunk={chunk}, expected at least 1; set mixer.chunk")
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(
-            f"mlstm: got backend={backend!r}, expected auto or one of {', '.join(BACKENDS)}; "
-            "set mixer.backend"
+            f"mlstm: got forget_gate_bias={list(forget_gate_bias)}, expected two numbers, the "
+            "first head's and the last head's; set mixer.forget_gate_bias"
         )
 
 
 def whole_heads(d_model: int, factor: float, n_heads: int, knob: str) -> int:
     """int(d_model * factor). ValueError when it does not divide into the heads."""
     width = int(d_model * factor)
-    if n_heads < 1 or width < 1 or width % n_heads:
+    if width < 1 or width % n_heads:
         raise ValueError(
             f"mlstm: got a width of {width} (d_model={d_model} x {knob}={factor}) for "
             f"n_heads={n_heads}, expected a positive multiple of it; set mixer.{knob} or "

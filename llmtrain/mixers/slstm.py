@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from llmtrain.context import SequenceContext
 from llmtrain.mixers.base import Mixer, State
+from llmtrain.mixers.checks import check_backend, check_optional_window, check_sizes
 from llmtrain.model.head_norm import HeadNorm
 from llmtrain.model.init import depth_std
 from llmtrain.model.linear import Linear, cast_parameter
@@ -58,7 +59,14 @@ class SLSTM(Mixer):
         backend: str = "auto",
     ):
         super().__init__()
-        check_knobs(d_model, n_heads, d_conv, forget_gate, backend)
+        check_heads(d_model, n_heads)
+        check_optional_window("slstm", d_conv)
+        check_backend("slstm", backend, BACKENDS)
+        if forget_gate not in FORGET_GATES:
+            raise ValueError(
+                f"slstm: got forget_gate={forget_gate!r}, expected one of "
+                f"{', '.join(FORGET_GATES)}; set mixer.forget_gate"
+            )
         self.d_model, self.n_heads, self.v_width = d_model, n_heads, d_model // n_heads
         self.d_conv, self.forget_gate, self.backend = d_conv, forget_gate, backend
         self.recurrent_init_std = recurrent_init_std
@@ -168,29 +176,13 @@ class SLSTM(Mixer):
         return kept + wide * convolved
 
 
-def check_knobs(
-    d_model: int, n_heads: int, d_conv: int | None, forget_gate: str, backend: str
-) -> None:
-    """ValueError for a value that no sLSTM can have."""
-    if n_heads < 1 or d_model % n_heads:
+def check_heads(d_model: int, n_heads: int) -> None:
+    """ValueError for heads that do not divide the width."""
+    check_sizes("slstm", {"n_heads": n_heads})
+    if d_model % n_heads:
         raise ValueError(
             f"slstm: got d_model={d_model} and n_heads={n_heads}, expected a multiple; set "
             "mixer.n_heads or model.d_model"
-        )
-    if d_conv is not None and d_conv < 2:
-        raise ValueError(
-            f"slstm: got d_conv={d_conv}, expected at least 2, or null for no convolution; "
-            "set mixer.d_conv"
-        )
-    if forget_gate not in FORGET_GATES:
-        raise ValueError(
-            f"slstm: got forget_gate={forget_gate!r}, expected one of "
-            f"{', '.join(FORGET_GATES)}; set mixer.forget_gate"
-        )
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(
-            f"slstm: got backend={backend!r}, expected auto or one of {', '.join(BACKENDS)}; "
-            "set mixer.backend"
         )
 
 

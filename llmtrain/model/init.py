@@ -11,7 +11,7 @@ import hashlib
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def depth_std(std: float, n_layers: int) -> float:
@@ -20,6 +20,16 @@ def depth_std(std: float, n_layers: int) -> float:
     GPT-2 (Radford et al. 2019), section 2.3: two residual additions per layer.
     """
     return std / math.sqrt(2 * n_layers)
+
+
+@torch.no_grad()
+def fill_time_steps(bias: Tensor, dt_min: float, dt_max: float, *, dt_floor: float = 0.0) -> None:
+    """Fill in place so that softplus(bias) is log-uniform in [dt_min, dt_max], at least dt_floor.
+
+    Gu and Dao 2023 (arXiv:2312.00752), section 3.6.
+    """
+    dt = bias.uniform_(math.log(dt_min), math.log(dt_max)).exp().clamp(min=dt_floor)
+    bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
 
 def keyed_seed(seed: int, name: str) -> int:

@@ -149,6 +149,7 @@ def test_backend_in_use():
         ({"chunk": 24}, r"chunk=24, expected a power of two"),
         ({"backend": "triton"}, r"backend='triton', expected auto or one of chunked, reference"),
         ({"dt_min": 0.2}, r"dt_min=0.2 and dt_max=0.1, expected 0 < dt_min <= dt_max"),
+        ({"decay": False, "dt_max": 0.2}, r"dt_min=0.001, dt_max=0.2 and A_.*decay=false, where"),
         ({"A_range": [0.0, 1.0]}, r"A_range=\[0.0, 1.0\], expected \[lowest, highest\]"),
     ],
 )

@@ -11,7 +11,7 @@ FACTS = {"layer_idx": 1, "n_layers": 4, "n_heads": 4}
 
 
 def mixer(d_model=32, **knobs):
-    made = MLSTM(d_model, **FACTS, **knobs)
+    made = MLSTM(d_model, **{**FACTS, **knobs})
     initialise(made, 0)
     return made
 
@@ -70,6 +70,8 @@ def test_a_state_and_documents_do_not_go_together():
         ({"input_gate": "relu"}, "mlstm: got input_gate='relu', expected one of exp, sigmoid; set"),
         ({"gate_soft_cap": 0}, "mlstm: got gate_soft_cap=0, expected a positive number or null"),
         ({"d_conv": 1}, "mlstm: got d_conv=1, expected at least 2, or null for no convolution"),
+        ({"forget_gate_bias": [3.0]}, r"mlstm: got forget_gate_bias=\[3.0\], expected two numbers"),
+        ({"n_heads": 0}, r"mlstm: got n_heads=0, expected at least 1; set mixer.n_heads"),
         ({"chunk": 0}, r"mlstm: got chunk=0, expected at least 1; set mixer.chunk"),
         ({"backend": "triton"}, "mlstm: got backend='triton', expected auto or one of chunked"),
         ({"head_norm": "batch"}, "head_norm: got 'batch', expected one of layernorm, rmsnorm"),

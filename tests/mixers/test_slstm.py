@@ -94,6 +94,7 @@ def test_what_does_not_decay():
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
+        ({"n_heads": 0}, "slstm: got n_heads=0, expected at least 1; set mixer.n_heads"),
         ({"n_heads": 5}, "slstm: got d_model=32 and n_heads=5, expected a multiple"),
         ({"d_conv": 1}, "slstm: got d_conv=1, expected at least 2, or null for no convolution"),
         ({"forget_gate": "relu"}, "slstm: got forget_gate='relu', expected one of sigmoid, exp"),

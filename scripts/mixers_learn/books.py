@@ -21,12 +21,16 @@ def training(options: argparse.Namespace, name: str) -> list[str]:
     tokens = options.book_tokens
     steps = -(-tokens // options.book_step_tokens)
     on_gpu = options.device.startswith("cuda")
-    compiled = on_gpu and not options.safe and not ARMS[name].sequential
+    sequential = ARMS[name].sequential
+    compiled = on_gpu and not options.safe and not sequential
+    # what goes token by token takes as long for all rows of a step as for some of them
+    rows = options.book_step_tokens // options.book_seq_len if sequential else options.micro_batch
     return [
         f"model.n_heads={options.book_heads}",
         f"model.n_kv_heads={options.book_heads}",
         f"model.max_seq_len={options.book_seq_len}",
-        "model.init_std=0.02",
+        "model.init_std=0.04",
+        "model.qk_norm=true",
         f"data={options.data}",
         *options.data_override,
         f"optimizer.lr={options.book_lr}",
@@ -35,7 +39,7 @@ def training(options: argparse.Namespace, name: str) -> list[str]:
         "tracker=none",
         f"train.seq_len={options.book_seq_len}",
         f"train.global_batch_tokens={options.book_step_tokens}",
-        f"train.micro_batch={options.micro_batch}",
+        f"train.micro_batch={rows}",
         f"train.total_tokens={tokens}",
         f"train.precision={'bf16' if on_gpu else 'fp32'}",
         f"train.compile={'blocks' if compiled else 'none'}",

@@ -20,6 +20,7 @@ COMMON = [
     "schedule.warmup_fraction=0.1",
     "schedule.min_ratio=0.0",
     "model.init_std=0.05",
+    "model.qk_norm=true",  # attention then finds recall in half the steps
 ]
 
 

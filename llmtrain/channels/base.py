@@ -28,6 +28,7 @@ class Channel(nn.Module):
     """
 
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
+    adds_nothing: ClassVar[bool] = False  # a block then leaves it out, with its norms
 
     def forward(self, x_BTD: Tensor, ctx: SequenceContext) -> tuple[Tensor, Aux]:
         raise NotImplementedError

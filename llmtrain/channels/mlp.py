@@ -155,5 +155,8 @@ class GeGLU(SwiGLU):
 
 
 def check_hidden(hidden: int) -> None:
+    """ValueError for a layer without hidden units."""
     if hidden < 1:
-        raise ValueError(f"hidden: got {hidden}, expected >= 1; set model.ffn_hidden")
+        raise ValueError(
+            f"hidden: got {hidden}, expected >= 1; set model.ffn_hidden or channel.hidden"
+        )

@@ -131,7 +131,6 @@ class MoE(Channel):
             )
         if shared_gate:
             self.shared_gate = Linear(d_model, 1, init_std=init_std)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.gate_up, std=self.init_std)

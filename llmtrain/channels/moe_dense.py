@@ -44,7 +44,6 @@ class MoEDense(Channel):
         self.router = RouterLinear(d_model, n_experts, init_std=init_std)
         self.gate_up = nn.Parameter(torch.empty(n_experts, 2 * hidden, d_model))
         self.down = nn.Parameter(torch.empty(n_experts, d_model, hidden))
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.gate_up, std=self.init_std)

@@ -16,6 +16,8 @@ from llmtrain.context import SequenceContext
 class NoChannel(Channel):
     """Adds nothing to the residual stream."""
 
+    adds_nothing = True
+
     def __init__(self, d_model: int, *, layer_idx: int, n_layers: int):
         super().__init__()
 

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.channels.base import Aux, Channel
-from llmtrain.channels.none import NoChannel
 from llmtrain.context import SequenceContext
 from llmtrain.mixers.base import Mixer, State
 
@@ -48,7 +47,7 @@ class Block(nn.Module):
                 f"{', '.join(NORM_POSITIONS)}; set stack.norm_position"
             )
         self.norm_position = norm_position
-        second, twice = not isinstance(channel, NoChannel), norm_position in ("peri", "sandwich")
+        second, twice = not channel.adds_nothing, norm_position in ("peri", "sandwich")
         self.norm1, self.mixer = norm(), mixer
         self.norm1_out = norm() if twice else None
         self.norm2, self.channel = norm() if second else None, channel

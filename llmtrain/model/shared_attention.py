@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain.channels.base import Aux, Channel
-from llmtrain.channels.none import NoChannel
 from llmtrain.context import SequenceContext
 from llmtrain.mixers.base import Mixer, State
 from llmtrain.model.block import Block
@@ -37,7 +36,7 @@ class SharedBlock(nn.Module):
     ):
         super().__init__()
         self.norm1, self.mixer, self.channel = norm1, mixer, channel
-        self.norm2 = None if isinstance(channel, NoChannel) else norm()
+        self.norm2 = None if channel.adds_nothing else norm()
 
     def forward(
         self, u_BTE: Tensor, ctx: SequenceContext, state: State | None = None

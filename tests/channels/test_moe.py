@@ -417,7 +417,10 @@ def test_step_is_forward(build_model):
             r"balance: got sequence with balance_loss=0, where it has no effect, expected micro_ba",
         ),
         ({"capacity_factor": 0.0}, r"capacity_factor: got 0.0, expected more than 0, or null to d"),
-        ({"backend": "fast"}, r"moe: got backend='fast', expected auto or one of grouped, loop, ma"),
+        (
+            {"backend": "fast"},
+            r"moe: got backend='fast', expected auto or one of grouped, loop, ma",
+        ),
     ],
 )
 def test_errors(knobs, message):

@@ -19,7 +19,7 @@ from llmtrain.channels.mlp import SwiGLU
 from llmtrain.mixers.attention import Attention
 from llmtrain.model.language_model import LanguageModel
 from llmtrain.model.norm import RMSNorm
-from llmtrain.model.position import Rope
+from llmtrain.model.position import Learned, Rope, Sinusoidal
 from llmtrain.model.stack import Stack
 
 Theirs = TypeVar("Theirs", bound=PreTrainedModel)
@@ -103,6 +103,11 @@ class Family:
         whole = part or position.fraction == 1.0
         self.require(whole, "position", "a partly rotated head", "position.fraction=1.0")
 
+    def check_no_positions(self, model: LanguageModel) -> None:
+        """No positions are added to the embedding; angles do nothing, as no mixer reads them."""
+        added = isinstance(model.position, Learned | Sinusoidal)
+        self.require(not added, "position", type(model.position).__name__, "position=none")
+
     def check_attention(self, model: LanguageModel, **expected: object) -> None:
         """Every Attention has these values of its knobs (by name, as its attributes)."""
         for i, block in enumerate(model.stack.blocks):
@@ -150,7 +155,9 @@ def transformers_model(
         rotary = getattr(parent, "rotary_emb", None)
         if isinstance(rotary, nn.Module):
             parent.rotary_emb = type(rotary)(config).to(device)
-    theirs.load_state_dict(weights, strict=not config.tie_word_embeddings)
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    left = set(missing) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    assert not left | set(unexpected), (left, unexpected)
     theirs.tie_weights()
     return theirs.eval()
 
@@ -217,6 +224,19 @@ def outer_weights(model: LanguageModel) -> dict[str, Tensor]:
     if not model.embedding.tied:
         weights["lm_head.weight"] = model.head.weight[: model.vocab_size]
     return weights
+
+
+def dense_weights(model: LanguageModel) -> dict[str, Tensor]:
+    """All weights of a model of Attention and SwiGLU, as Llama names them."""
+    weights = outer_weights(model)
+    for i, block in enumerate(model.stack.blocks):
+        layer = {
+            **layer_norm_weights(block),
+            **under("self_attn", attention_weights(block.mixer)),
+            **under("mlp", swiglu_weights(block.channel)),
+        }
+        weights |= under(f"model.layers.{i}", layer)
+    return {name: value.detach() for name, value in weights.items()}
 
 
 def layer_norm_weights(block: nn.Module) -> dict[str, Tensor]:

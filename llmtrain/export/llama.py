@@ -6,7 +6,6 @@ is split. Whatever else a model is made of has no counterpart in Llama and is re
 
 from __future__ import annotations
 
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmtrain.channels.mlp import SwiGLU
@@ -23,7 +22,7 @@ def to_llama(model: LanguageModel) -> LlamaForCausalLM:
     ValueError naming the part that Llama does not have.
     """
     config = llama_config(model)
-    return common.transformers_model(LlamaForCausalLM, config, llama_weights(model), model)
+    return common.transformers_model(LlamaForCausalLM, config, common.dense_weights(model), model)
 
 
 def llama_config(model: LanguageModel) -> LlamaConfig:
@@ -46,16 +45,3 @@ def llama_config(model: LanguageModel) -> LlamaConfig:
         attention_bias=block.mixer.q_proj.bias is not None,
         mlp_bias=block.channel.down.bias is not None,
     )
-
-
-def llama_weights(model: LanguageModel) -> dict[str, Tensor]:
-    """Llama's parameter names and our values."""
-    weights = common.outer_weights(model)
-    for i, block in enumerate(model.stack.blocks):
-        layer = {
-            **common.layer_norm_weights(block),
-            **common.under("self_attn", common.attention_weights(block.mixer)),
-            **common.under("mlp", common.swiglu_weights(block.channel)),
-        }
-        weights |= common.under(f"model.layers.{i}", layer)
-    return {name: value.detach() for name, value in weights.items()}

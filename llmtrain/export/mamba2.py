@@ -14,7 +14,6 @@ from llmtrain.channels.none import NoChannel
 from llmtrain.export import common
 from llmtrain.mixers.mamba2 import Mamba2
 from llmtrain.model.language_model import LanguageModel
-from llmtrain.model.position import Learned, Sinusoidal
 
 MAMBA2 = common.Family("Mamba2")
 
@@ -33,9 +32,7 @@ def mamba2_config(model: LanguageModel) -> Mamba2Config:
     MAMBA2.check_stack(model)
     MAMBA2.check_types(model, {Mamba2: "mamba2"}, {NoChannel: "none"})
     check_mixers(model)
-    position = model.position  # angles would do nothing: no mixer reads them
-    added = isinstance(position, Learned | Sinusoidal)
-    MAMBA2.require(not added, "position", type(position).__name__, "position=none")
+    MAMBA2.check_no_positions(model)
     mixer = model.stack.blocks[0].mixer
     return Mamba2Config(
         vocab_size=model.vocab_size,

@@ -6,7 +6,6 @@ is split. Whatever else a model is made of has no counterpart in Qwen3 and is re
 
 from __future__ import annotations
 
-from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from llmtrain.channels.mlp import SwiGLU
@@ -23,7 +22,7 @@ def to_qwen3(model: LanguageModel) -> Qwen3ForCausalLM:
     ValueError naming the part that Qwen3 does not have.
     """
     config = qwen3_config(model)
-    return common.transformers_model(Qwen3ForCausalLM, config, qwen3_weights(model), model)
+    return common.transformers_model(Qwen3ForCausalLM, config, common.dense_weights(model), model)
 
 
 def qwen3_config(model: LanguageModel) -> Qwen3Config:
@@ -53,16 +52,3 @@ def qwen3_config(model: LanguageModel) -> Qwen3Config:
         attention_bias=block.mixer.q_proj.bias is not None,
         use_sliding_window=False,
     )
-
-
-def qwen3_weights(model: LanguageModel) -> dict[str, Tensor]:
-    """Qwen3's parameter names and our values."""
-    weights = common.outer_weights(model)
-    for i, block in enumerate(model.stack.blocks):
-        layer = {
-            **common.layer_norm_weights(block),
-            **common.under("self_attn", common.attention_weights(block.mixer)),
-            **common.under("mlp", common.swiglu_weights(block.channel)),
-        }
-        weights |= common.under(f"model.layers.{i}", layer)
-    return {name: value.detach() for name, value in weights.items()}

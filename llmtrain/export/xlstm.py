@@ -16,7 +16,6 @@ from llmtrain.channels.mlp import SwiGLU
 from llmtrain.export import common
 from llmtrain.mixers.mlstm import MLSTM
 from llmtrain.model.language_model import LanguageModel
-from llmtrain.model.position import Learned, Sinusoidal
 
 XLSTM = common.Family("xLSTM")
 PUBLISHED_FFN = (2.667, 64)  # factor of the width, and what the result is rounded up to
@@ -70,9 +69,7 @@ def share(width: int, d_model: int) -> float:
 
 def check_parts(model: LanguageModel, eps: float) -> None:
     """ValueError unless mixers, channels, positions and head are as xLSTM has them, all alike."""
-    position = model.position  # angles would do nothing: no mixer reads them
-    added = isinstance(position, Learned | Sinusoidal)
-    XLSTM.require(not added, "position", type(position).__name__, "position=none")
+    XLSTM.check_no_positions(model)
     capped = model.embedding.logit_softcap is not None
     want = "a number (30 in xLSTM-7B)"
     XLSTM.require(capped, "embedding", "logit_softcap=null", f"embedding.logit_softcap={want}")

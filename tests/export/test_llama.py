@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from llmtrain.context import SequenceContext
-from llmtrain.export.llama import llama_config, llama_weights, to_llama
+from llmtrain.export.common import dense_weights, transformers_model
+from llmtrain.export.llama import llama_config, to_llama
 from llmtrain.generate import generate
 from llmtrain.objectives.causal import Causal
 
@@ -80,7 +82,7 @@ def test_logits_loss_and_gradients(build_model, float64_llama, tied, bias):
     gradients = copy.deepcopy(model)
     for parameter, ours in zip(gradients.parameters(), model.parameters(), strict=True):
         parameter.data = ours.grad
-    ours, expected = llama_weights(gradients), dict(llama.named_parameters())
+    ours, expected = dense_weights(gradients), dict(llama.named_parameters())
     assert sorted(ours) == sorted(expected)
     for name, gradient in ours.items():
         assert gradient.abs().max() > 1e-4, name
@@ -214,3 +216,16 @@ def test_mixers_of_other_kinds_have_no_counterpart(make_model, build_model):
     model.stack.blocks[1].mixer = other.stack.blocks[0].mixer
     with pytest.raises(ValueError, match=r"layer 1, mixer: got Leaky, .*expected attention; train"):
         to_llama(model)
+
+
+def test_a_weight_that_is_left_out_is_noticed(build_model):
+    """A tied head is no parameter of its own; nothing else may be missing, or be too much."""
+    model = build_model(*SMALL, TIED[0])
+    weights, config = dense_weights(model), llama_config(model)
+    assert config.tie_word_embeddings
+    for wrong in (
+        {name: value for name, value in weights.items() if name != "model.norm.weight"},
+        {**weights, "model.norm.bias": weights["model.norm.weight"]},
+    ):
+        with pytest.raises(AssertionError, match=r"model\.norm"):
+            transformers_model(LlamaForCausalLM, config, wrong, model)

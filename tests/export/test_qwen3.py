@@ -6,7 +6,8 @@ from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from llmtrain.context import SequenceContext
-from llmtrain.export.qwen3 import qwen3_config, qwen3_weights, to_qwen3
+from llmtrain.export.common import dense_weights
+from llmtrain.export.qwen3 import qwen3_config, to_qwen3
 
 SMALL = (
     "model.d_model=48",
@@ -33,7 +34,7 @@ def test_logits_loss_and_gradients(
     """Heads of 10, not of 48 / 6."""
     float64_norm(Qwen3RMSNorm)
     model = shuffle_norms(build_model(*SMALL, tied, f"mixer.bias={bias}"))
-    same_function(model, to_qwen3(model), qwen3_weights, atol=2e-6, rtol=2e-6)
+    same_function(model, to_qwen3(model), dense_weights, atol=2e-6, rtol=2e-6)
 
 
 @pytest.mark.parametrize("tied", TIED)

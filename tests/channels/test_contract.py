@@ -231,6 +231,25 @@ def test_bfloat16_is_near_float64(subject):
     assert error_BTD.norm() <= 0.02 * y_BTD.norm()  # rounding each of few operations to 2^-9
 
 
+@pytest.mark.gpu
+def test_on_a_gpu(subject):
+    """bfloat16 near float64 on the CPU: outputs of nearly all tokens, since a router's near tie may
+    choose another expert, and the gradient of their sum."""
+    exact, low = subject.channel(), subject.channel(torch.float32).cuda()
+    x_BTD = noise(B, T, D).bfloat16().double()
+    ctx = SequenceContext.dense(B, T)
+    expected_BTD = exact(x_BTD, ctx)[0]
+    low_BTD = x_BTD.bfloat16().cuda().requires_grad_()
+    y_BTD = low(low_BTD, ctx.to("cuda"))[0]
+    if y_BTD.requires_grad:  # channel=none adds nothing
+        y_BTD.sum().backward()
+    error_BT = (y_BTD.double().cpu() - expected_BTD).norm(dim=-1)
+    near_BT = error_BT < 0.05 * expected_BTD.norm(dim=-1) + 1e-3
+    assert near_BT.double().mean() > 0.9
+    for name, parameter in low.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+
+
 def test_compiles_as_one_graph(subject):
     """Forward and gradients; batches of one shape share the graph, however tokens are routed."""
     torch._dynamo.reset()

@@ -5,6 +5,7 @@ At the end broken mixers prove that the clauses catch what they are for.
 """
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -353,6 +354,41 @@ def test_bfloat16_is_near_float64(subject):
     y_BTD = exact(x_BTD, ctx)[0]
     error_BTD = low(x_BTD.bfloat16(), ctx)[0].double() - y_BTD
     assert error_BTD.norm() / y_BTD.norm() < 0.02  # rounding each of few operations to 2^-9
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(subject):
+    """bfloat16 near float64 on the CPU, output and gradients; a prefix and steps as the whole."""
+    exact, low = subject.mixer(), subject.mixer(torch.float32).cuda()
+    x_BTD, weights_BTD = (noise(B, T, D, seed=i).bfloat16().double() for i in range(2))
+    y_BTD = exact(x_BTD.requires_grad_(), packed(exact, [9], [3, 4]))[0]
+    expected = [y_BTD, *gradients(exact, y_BTD, weights_BTD, x_BTD)]
+    low_BTD = x_BTD.detach().bfloat16().cuda().requires_grad_()
+    y_BTD = low(low_BTD, moved(packed(exact, [9], [3, 4])))[0]
+    got = [y_BTD, *gradients(low, y_BTD, weights_BTD.bfloat16().cuda(), low_BTD)]
+    largest = max(truth.norm() for truth in expected)  # small gradients are sums that cancel
+    for near, truth in zip(got, expected, strict=True):
+        assert (near.double().cpu() - truth).norm() < 0.05 * truth.norm() + 2e-3 * largest
+    with torch.no_grad():
+        x_BTD = noise(B, T, D, dtype=torch.float32).cuda()
+        whole_BTD = low(x_BTD, moved(dense(exact, B, T)))[0]
+        state = low.init_state(B, max_tokens=T, device="cuda", dtype=torch.float32)
+        first_BTD, state = low(x_BTD[:, :9], moved(dense(exact, B, 9)), state)
+        parts = [first_BTD]
+        for t in range(9, T):
+            ctx = SequenceContext(positions_BT=torch.full((B, 1), t), max_seqlen=1)
+            y_BD, state = low.step(x_BTD[:, t], moved(rotated(exact, ctx)), state)
+            parts.append(y_BD[:, None])
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole_BTD, rtol=2e-3, atol=2e-3)
+
+
+def moved(ctx):
+    """The context on the GPU, rotary tables too."""
+    tables = {
+        width: replace(table, cos_BTR=table.cos_BTR.cuda(), sin_BTR=table.sin_BTR.cuda())
+        for width, table in (ctx.rotary or {}).items()
+    }
+    return ctx.to("cuda").with_rotary(tables or None)
 
 
 def test_compiles_as_one_graph(subject):

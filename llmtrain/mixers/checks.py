@@ -31,17 +31,16 @@ def check_optional_window(mixer: str, d_conv: int | None) -> None:
         )
 
 
-def check_time_steps(mixer: str, dt_min: float, dt_max: float, dt_floor: float) -> None:
-    """First time steps are log-uniform in [dt_min, dt_max], and at least dt_floor."""
+def check_time_steps(
+    mixer: str, dt_min: float, dt_max: float, dt_floor: float, dt_limit: Sequence[float]
+) -> None:
+    """First time steps are log-uniform in [dt_min, dt_max], and at least dt_floor; all of them are
+    kept within dt_limit."""
     if not 0 < dt_min <= dt_max or dt_floor <= 0:
         raise ValueError(
             f"{mixer}: got dt_min={dt_min}, dt_max={dt_max}, dt_floor={dt_floor}, expected "
             "0 < dt_min <= dt_max and dt_floor > 0; set mixer.dt_min, mixer.dt_max, mixer.dt_floor"
         )
-
-
-def check_limits(mixer: str, dt_limit: Sequence[float]) -> None:
-    """The lowest and the highest time step."""
     if len(dt_limit) != 2 or not 0 <= dt_limit[0] < dt_limit[1]:
         raise ValueError(
             f"{mixer}: got dt_limit={list(dt_limit)}, expected [lowest, highest] with "

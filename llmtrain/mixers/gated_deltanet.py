@@ -83,17 +83,15 @@ class GatedDeltaNet(Mixer):
         super().__init__()
         n_v_heads = n_heads if n_v_heads is None else n_v_heads
         check_heads(n_heads, n_v_heads)
-        check_sizes("gated_deltanet", {"d_conv": d_conv})
-        check_chunk(chunk)
+        check_windows(d_conv, chunk)
         check_decay(decay, dt_min, dt_max, A_range)
         check_backend("gated_deltanet", backend, BACKENDS)
         self.n_heads, self.n_v_heads = n_heads, n_v_heads
         self.head_dim = key_width(d_model, n_heads, head_dim, expand_k)
         self.v_width = value_width(self.head_dim, expand_v)
-        self.d_conv, self.decay = d_conv, decay
-        self.output_gate, self.allow_neg_eigval = output_gate, allow_neg_eigval
+        self.decay, self.output_gate, self.allow_neg_eigval = decay, output_gate, allow_neg_eigval
         self.dt_min, self.dt_max, self.A_range = dt_min, dt_max, tuple(A_range)
-        self.chunk, self.backend = chunk, backend
+        self.d_conv, self.chunk, self.backend = d_conv, chunk, backend
         keys, values = n_heads * self.head_dim, n_v_heads * self.v_width
         self.qkv_widths = (keys, keys, values)
         self.qkv_proj = Linear(d_model, sum(self.qkv_widths), init_std=init_std)
@@ -264,8 +262,9 @@ def check_heads(n_heads: int, n_v_heads: int) -> None:
         )
 
 
-def check_chunk(chunk: int) -> None:
-    """ValueError unless halves of a chunk have halves, down to single tokens."""
+def check_windows(d_conv: int, chunk: int) -> None:
+    """ValueError for a convolution that sees nothing, or a chunk that halves do not divide."""
+    check_sizes("gated_deltanet", {"d_conv": d_conv})
     if chunk < 1 or chunk & (chunk - 1):
         raise ValueError(
             f"gated_deltanet: got chunk={chunk}, expected a power of two; set mixer.chunk to 32, "

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from llmtrain.context import SequenceContext
 from llmtrain.mixers.base import Mixer, State
-from llmtrain.mixers.checks import check_backend, check_limits, check_sizes, check_time_steps
+from llmtrain.mixers.checks import check_backend, check_sizes, check_time_steps
 from llmtrain.model.init import depth_std, fill_time_steps
 from llmtrain.model.linear import Linear, cast_parameter
 from llmtrain.model.norm import RMSNorm
@@ -81,8 +81,7 @@ class Mamba(Mixer):
         sizes = {"d_state": d_state, "expand": expand, "d_conv": d_conv, "n_heads": n_heads}
         check_sizes("mamba", {**sizes, "chunk": chunk})
         check_ranks(rank, n_heads, expand * d_model)
-        check_time_steps("mamba", dt_min, dt_max, dt_floor)
-        check_limits("mamba", dt_limit)
+        check_time_steps("mamba", dt_min, dt_max, dt_floor, dt_limit)
         check_backend("mamba", backend, BACKENDS)
         self.d_inner, self.d_state, self.d_conv = expand * d_model, d_state, d_conv
         self.dt_rank, self.n_heads, self.init_std = int(rank), n_heads, init_std

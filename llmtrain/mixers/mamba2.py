@@ -32,13 +32,7 @@ from torch import Tensor, nn
 
 from llmtrain.context import SequenceContext
 from llmtrain.mixers.base import Mixer, State
-from llmtrain.mixers.checks import (
-    check_backend,
-    check_limits,
-    check_rates,
-    check_sizes,
-    check_time_steps,
-)
+from llmtrain.mixers.checks import check_backend, check_rates, check_sizes, check_time_steps
 from llmtrain.model.init import depth_std, fill_time_steps
 from llmtrain.model.linear import Linear
 
@@ -88,8 +82,7 @@ class Mamba2(Mixer):
         sizes = {"d_state": d_state, "n_groups": n_groups, "head_dim": head_dim, "chunk": chunk}
         check_sizes("mamba2", {**sizes, "d_conv": d_conv, "norm_groups": norm_groups})
         check_groups(d_inner, n_groups, head_dim, norm_groups)
-        check_time_steps("mamba2", dt_min, dt_max, dt_floor)
-        check_limits("mamba2", dt_limit)
+        check_time_steps("mamba2", dt_min, dt_max, dt_floor, dt_limit)
         check_rates("mamba2", A_range)
         check_backend("mamba2", backend, BACKENDS)
         self.d_inner, self.d_state, self.n_groups = d_inner, d_state, n_groups

@@ -211,6 +211,7 @@ class RecurrentDepth(Stack):
         A row's result does not depend on the others; the core is computed for all rows until the
         last of them is still.
         """
+        dtype = torch.promote_types(latent_BD.dtype, torch.float32)
         still_B = torch.zeros_like(ctx.positions_BT[:, 0], dtype=torch.bool)
         width = len(self.core)
         for i in range(repeats):
@@ -220,8 +221,11 @@ class RecurrentDepth(Stack):
             else:
                 next_BD = self.core_once(latent_BD, embedded_BD, ctx, walk)
                 next_BD = torch.where(still_B[:, None], latent_BD, next_BD)
-                change_B = (next_BD - latent_BD).float().norm(dim=-1)
-                now_B = still_B | (change_B < self.exit_threshold * next_BD.float().norm(dim=-1))
+                change_B, size_B = (
+                    torch.linalg.vector_norm(z_BD, dim=-1, dtype=dtype)
+                    for z_BD in (next_BD - latent_BD, next_BD)
+                )
+                now_B = still_B | (change_B < self.exit_threshold * size_B)
                 latent_BD = next_BD
             if i > 0:
                 last = zip(walk.states[-2 * width : -width], walk.states[-width:], strict=True)

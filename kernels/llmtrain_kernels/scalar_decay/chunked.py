@@ -28,7 +28,7 @@ from torch import Tensor
 # exp(GATE_FLOOR) is 2e-22: what a gate below it leaves of a state is lost in float64's rounding
 # too. The floor keeps sums of gates finite, and small enough that float32 resolves their tails.
 GATE_FLOOR = -50.0
-BLOCK = 16  # chunks whose states are passed on by one matrix product
+BLOCK = 16  # at most so many chunks pass on their states by one matrix product
 
 
 def run(
@@ -145,7 +145,8 @@ def pass_states(
 def accumulate(states_BMGrKV: Tensor, decay_BMGr: Tensor, ids_BM: Tensor | None) -> Tensor:
     """S_m = exp(decay_m) S_{m-1} + states_m for all m, from S_{-1} = 0."""
     count, k_width = states_BMGrKV.shape[1], states_BMGrKV.shape[4]
-    block = min(BLOCK, count)
+    # as few blocks as BLOCK allows, equally long: 17 chunks are 2 x 9 and not 2 x 16
+    block = -(-count // -(-count // BLOCK))
     padding = -count % block
     if padding:
         states_BMGrKV = F.pad(states_BMGrKV, (*(0, 0) * 4, 0, padding))

@@ -8,8 +8,10 @@ f stands for the mixer and then for the channel, n for norm1 and norm2, m for no
     sandwich:  x = m(x + f(n(x)))       Geiping et al. 2025 (arXiv:2502.05171), section 3.2
 
 After pre and peri the stack's output needs a last norm. ("Sandwich" is also said of peri; here it
-is what the paper on recurrent depth means by it.) With channel=none the second half is missing, its
-norms too, as in Mamba (arXiv:2312.00752).
+is what the paper on recurrent depth means by it.) After post and sandwich the residual stream has
+length sqrt(D) everywhere, so that a layer turns it little at first; with a tied head a plain stack
+then says each token again, and stands still at the unigrams for hundreds of steps (docs/log.md).
+With channel=none the second half is missing, its norms too, as in Mamba (arXiv:2312.00752).
 """
 
 from __future__ import annotations

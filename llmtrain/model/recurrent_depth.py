@@ -1,6 +1,6 @@
 """A core of layers applied again and again to a latent vector: depth is chosen at run time.
 
-    e = prelude(embedded tokens)
+    e = prelude(embedded tokens)     normalised, where its last block does not end in a norm
     s_0 ~ N(0, latent_std^2), cut off at 3 standard deviations
     s_i = core(W [s_(i-1); e])       i = 1 .. r, W [D, 2D]
     hidden = norm(coda(norm(s_r)))   one norm, twice
@@ -13,7 +13,8 @@ micro-batch, and the same on all ranks (eq. 1 of section 3.3):
 and gradients flow through the last backprop_repeats iterations only, into the core and through
 their e into the prelude. Instead of W, injection="add" gives core(s_(i-1) + e) and "none"
 core(s_(i-1)); the last with latent="prelude", s_0 = e, is the loop of the Universal Transformer
-(Dehghani et al. 2018, arXiv:1807.03819).
+(Dehghani et al. 2018, arXiv:1807.03819). With "add" and a tied head the tokens' own embeddings
+outweigh everything at first, and small models stand still at the unigrams: untie them.
 
 At test time r is `repeats`, or what set_depth says. Each token's s_0 is then a function of its
 position alone, so that rows, packed documents and single steps agree. With an exit_threshold a
@@ -95,6 +96,8 @@ class RecurrentDepth(Stack):
         concat = injection == "concat"
         self.adapter = Linear(2 * d_model, d_model, init_std=init_std) if concat else None
         self.norm = norm() if core_norm else None
+        normed = bool(self.prelude) and self.blocks[self.prelude[-1]].normalises_output
+        self.injected_norm = None if normed or injection == "none" else norm()
 
     @property
     def applications(self) -> list[Block]:
@@ -154,6 +157,8 @@ class RecurrentDepth(Stack):
         latent_ctx, ctx = ctx, replace(ctx, repeats=None, noise_seed=None)
         for i in self.prelude:
             x = walk(i, x, ctx)
+        if self.injected_norm is not None:
+            x = self.injected_norm(x)
         latent = self.first_latent(x, latent_ctx)
         if walk.step and self.exit_threshold is not None:
             latent = self.iterate_until_still(latent, x, ctx, walk, repeats)

@@ -24,8 +24,8 @@ def close(actual, expected):
 
 @pytest.fixture
 def make_stack(make_blocks):
-    def make(n=4, *, activation_l1=None, **knobs):
-        blocks = make_blocks(n, norm_position="sandwich", activation_l1=activation_l1)
+    def make(n=4, *, activation_l1=None, norm_position="sandwich", **knobs):
+        blocks = make_blocks(n, norm_position=norm_position, activation_l1=activation_l1)
         norm = partial(RMSNorm, 16)
         stack = RecurrentDepth(blocks, d_model=16, norm=norm, **{"init_std": 0.2, **knobs}).double()
         initialise(stack, 0)
@@ -49,6 +49,8 @@ def written_out(stack, x, repeats, latent):
     """The equations of the module's docstring, one after another."""
     prelude, *core, coda = stack.blocks
     embedded = prelude(x, DENSE)[0]
+    if not prelude.normalises_output:
+        embedded = stack.injected_norm(embedded)
     for _ in range(repeats):
         latent = torch.cat([latent, embedded], -1) @ stack.adapter.weight.T
         for block in core:
@@ -56,8 +58,9 @@ def written_out(stack, x, repeats, latent):
     return stack.norm(coda(stack.norm(latent), DENSE)[0])
 
 
-def test_equations(make_stack, x):
-    stack = make_stack(repeats=3)
+@pytest.mark.parametrize("norm_position", ["sandwich", "pre", "peri"])
+def test_equations(make_stack, x, norm_position):
+    stack = make_stack(repeats=3, norm_position=norm_position)
     noise = truncated_normal(position_keys(DENSE.positions_BT), 16, dtype=torch.float64)
     close(stack(x, DENSE)[0], written_out(stack, x, 3, 0.4**0.5 * noise))
     stack.set_depth(repeats=5)

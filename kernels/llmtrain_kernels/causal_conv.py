@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmtrain_kernels.checks import check_backend, check_state
 from llmtrain_kernels.cost import Cost
 
 BACKENDS = ("chunked", "reference")
@@ -139,11 +140,7 @@ def check(
     backend: str,
 ) -> None:
     """ValueError when the arguments of causal_conv() do not fit together."""
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(
-            f"causal_conv: got backend={backend!r}, expected auto or one of "
-            f"{', '.join(BACKENDS)}; set backend"
-        )
+    check_backend("causal_conv", backend, BACKENDS)
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"causal_conv: got activation={activation!r}, expected 'silu' or None; set activation"
@@ -155,19 +152,9 @@ def check(
             f"causal_conv: got weight {tuple(weight_DW.shape)} and bias {bias} for {width} "
             "channels, expected one row and one entry a channel; give weight_DW and bias_D of x's D"
         )
-    if initial_state_BWD is None:
-        return
-    if doc_ids_BT is not None:
-        raise ValueError(
-            "causal_conv: got an initial state together with documents, expected one of them; a "
-            "state belongs to rows of one document"
-        )
+    # the W - 1 inputs before the first token
     expected = (batch, weight_DW.shape[1] - 1, width)
-    if initial_state_BWD.shape != expected:
-        raise ValueError(
-            f"causal_conv: got an initial state {tuple(initial_state_BWD.shape)}, expected "
-            f"{expected}, the W - 1 inputs before the first token; give the state of this weight"
-        )
+    check_state("causal_conv", initial_state_BWD, expected, doc_ids_BT)
 
 
 def cost(tokens: int, *, width: int, window: int, dtype: torch.dtype) -> tuple[Cost, Cost]:

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmtrain_kernels.checks import check_backend, check_choice, check_state
 from llmtrain_kernels.cost import Cost
 from llmtrain_kernels.scalar_decay import scalar_decay
 
@@ -318,16 +319,8 @@ def check(
     backend: str,
 ) -> None:
     """ValueError when the arguments of mlstm() do not fit together."""
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(
-            f"mlstm: got backend={backend!r}, expected auto or one of {', '.join(BACKENDS)}; "
-            "set backend"
-        )
-    if input_gate not in INPUT_GATES:
-        raise ValueError(
-            f"mlstm: got input_gate={input_gate!r}, expected one of {', '.join(INPUT_GATES)}; "
-            "set input_gate"
-        )
+    check_backend("mlstm", backend, BACKENDS)
+    check_choice("mlstm", "input_gate", input_gate, INPUT_GATES)
     batch, tokens, heads, k_width = q_BTHK.shape
     rows = (batch, tokens, heads)
     if k_BTHK.shape != q_BTHK.shape or not (v_BTHV.shape[:3] == i_BTH.shape == f_BTH.shape == rows):
@@ -337,21 +330,9 @@ def check(
             "the same rows, tokens and heads, and keys as wide as queries; give tensors of the "
             "same tokens and heads"
         )
-    if initial_state is None:
-        return
-    if doc_ids_BT is not None:
-        raise ValueError(
-            "mlstm: got an initial state together with documents, expected one of them; a state "
-            "belongs to rows of one document"
-        )
     shapes = [(batch, heads, k_width, v_BTHV.shape[3]), (batch, heads, k_width), (batch, heads)]
     shapes = shapes if input_gate == "exp" else shapes[:1]
-    got = [tuple(z.shape) for z in initial_state]
-    if got != shapes:
-        raise ValueError(
-            f"mlstm: got an initial state of shapes {got}, expected {shapes} with "
-            f"input_gate={input_gate}; give the state of these heads and widths"
-        )
+    check_state("mlstm", initial_state, shapes, doc_ids_BT)
 
 
 def cost(

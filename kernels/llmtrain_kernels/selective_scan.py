@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from llmtrain_kernels.checks import check_backend, check_state
 from llmtrain_kernels.cost import Cost
 
 BACKENDS = ("chunked", "reference")
@@ -276,11 +277,7 @@ def selective_scan(
     ValueError for shapes that do not fit, or an initial state together with documents.
     """
     check(u_BTD, delta_BTD, A_DK, b_BTGK, c_BTGK, skip_D, initial_state_BDK, doc_ids_BT)
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(
-            f"selective_scan: got backend={backend!r}, expected auto or one of "
-            f"{', '.join(BACKENDS)}; set backend"
-        )
+    check_backend("selective_scan", backend, BACKENDS)
     if chunk < 1:
         raise ValueError(f"selective_scan: got chunk={chunk}, expected at least 1; set chunk")
     if backend == "reference":
@@ -338,18 +335,7 @@ def check(
             f"{tuple(b_BTGK.shape)} and skip {tuple(skip_D.shape)} for u {tuple(u_BTD.shape)}, "
             "expected u's rows, tokens and channels; give tensors of the same sizes"
         )
-    if initial_state_BDK is None:
-        return
-    if doc_ids_BT is not None:
-        raise ValueError(
-            "selective_scan: got an initial state together with documents, expected one of them; a "
-            "state belongs to rows of one document"
-        )
-    if initial_state_BDK.shape != (batch, width, k_width):
-        raise ValueError(
-            f"selective_scan: got an initial state {tuple(initial_state_BDK.shape)}, expected "
-            f"{(batch, width, k_width)}; give the state of these channels"
-        )
+    check_state("selective_scan", initial_state_BDK, (batch, width, k_width), doc_ids_BT)
 
 
 def cost(

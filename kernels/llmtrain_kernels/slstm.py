@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
+from llmtrain_kernels.checks import check_backend, check_choice, check_state
 from llmtrain_kernels.cost import Cost
 
 BACKENDS = ("loop", "reference")
@@ -331,16 +332,8 @@ def check(
     backend: str,
 ) -> None:
     """ValueError when the arguments of slstm() do not fit together."""
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(
-            f"slstm: got backend={backend!r}, expected auto or one of {', '.join(BACKENDS)}; "
-            "set backend"
-        )
-    if forget_gate not in FORGET_GATES:
-        raise ValueError(
-            f"slstm: got forget_gate={forget_gate!r}, expected one of {', '.join(FORGET_GATES)}; "
-            "set forget_gate"
-        )
+    check_backend("slstm", backend, BACKENDS)
+    check_choice("slstm", "forget_gate", forget_gate, FORGET_GATES)
     batch, _, heads, x_width = x_BTHX.shape
     v_width = r_HVX.shape[1]
     if r_HVX.shape != (heads, v_width, x_width) or x_width != 4 * v_width:
@@ -348,19 +341,7 @@ def check(
             f"slstm: got x {tuple(x_BTHX.shape)} and r {tuple(r_HVX.shape)}, expected "
             "[B, T, H, 4 V] and [H, V, 4 V]; give the pre-activations of the gates side by side"
         )
-    if initial_state is None:
-        return
-    if doc_ids_BT is not None:
-        raise ValueError(
-            "slstm: got an initial state together with documents, expected one of them; a state "
-            "belongs to rows of one document"
-        )
-    got, expected = [tuple(z.shape) for z in initial_state], [(batch, heads, v_width)] * 4
-    if got != expected:
-        raise ValueError(
-            f"slstm: got an initial state of shapes {got}, expected {expected}; give the state of "
-            "these rows and heads"
-        )
+    check_state("slstm", initial_state, [(batch, heads, v_width)] * 4, doc_ids_BT)
 
 
 def cost(tokens: int, *, heads: int, v_width: int, dtype: torch.dtype) -> tuple[Cost, Cost]:

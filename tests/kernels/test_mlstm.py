@@ -226,7 +226,7 @@ def test_cost_is_what_the_loop_multiplies(input_gate):
     [
         ({"backend": "triton"}, "mlstm: got backend='triton', expected auto or one of chunked"),
         ({"input_gate": "relu"}, "mlstm: got input_gate='relu', expected one of exp, sigmoid"),
-        ({"initial_state": ()}, r"mlstm: got an initial state of shapes \[\], expected"),
+        ({"initial_state": ()}, r"mlstm: got an initial state \[\], expected"),
         (
             {"initial_state": (), "doc_ids_BT": torch.zeros(B, 4, dtype=torch.int32)},
             "mlstm: got an initial state together with documents, expected one of them",

@@ -243,7 +243,7 @@ def wrong(**changes):
         ({"chunk": 0}, "got chunk=0, expected at least 1"),
         ({"q_BTGK": torch.zeros(B, 4, 1, K)}, ".*expected queries and keys of one shape"),
         ({"v_BTHV": torch.zeros(B, 4, 3, V)}, ".*3 value heads, .* whose groups divide the heads"),
-        ({"g_BTH": torch.zeros(B, 4, 1)}, "got keys .* and gates .* one gate a head"),
+        ({"g_BTH": torch.zeros(B, 4, 1)}, "got keys .* and gates .* one number a head"),
         ({"initial_state_BHKV": torch.zeros(B, H, V, K)}, "got an initial state .*expected"),
         (
             {

@@ -184,7 +184,7 @@ def test_cost_is_what_the_loop_multiplies():
     [
         ({"backend": "chunked"}, "slstm: got backend='chunked', expected auto or one of loop"),
         ({"forget_gate": "relu"}, "slstm: got forget_gate='relu', expected one of sigmoid, exp"),
-        ({"initial_state": ()}, r"slstm: got an initial state of shapes \[\], expected"),
+        ({"initial_state": ()}, r"slstm: got an initial state \[\], expected"),
         (
             {"initial_state": (), "doc_ids_BT": torch.zeros(B, 4, dtype=torch.int32)},
             "slstm: got an initial state together with documents, expected one of them",

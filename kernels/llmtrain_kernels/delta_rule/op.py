@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmtrain_kernels.checks import check_backend, check_heads, check_state
 from llmtrain_kernels.cost import Cost
 from llmtrain_kernels.delta_rule import chunked, reference
 
@@ -80,44 +81,17 @@ def check(
     backend: str,
 ) -> None:
     """ValueError when the arguments of gated_delta_rule() do not fit together."""
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(
-            f"gated_delta_rule: got backend={backend!r}, expected auto or one of "
-            f"{', '.join(BACKENDS)}; set backend"
-        )
+    check_backend("gated_delta_rule", backend, BACKENDS)
     if chunk < 1 or chunk & (chunk - 1):
         raise ValueError(
             f"gated_delta_rule: got chunk={chunk}, expected a power of two, because the system of "
             "a chunk is solved by halves; set chunk to 32, 64 or 128"
         )
-    batch, tokens, heads, v_width = v_BTHV.shape
-    groups, k_width = k_BTGK.shape[2:]
-    if q_BTGK.shape != k_BTGK.shape or heads % groups:
-        raise ValueError(
-            f"gated_delta_rule: got queries {tuple(q_BTGK.shape)}, keys {tuple(k_BTGK.shape)} and "
-            f"{heads} value heads, expected queries and keys of one shape whose groups divide the "
-            "heads; change the number of groups or heads"
-        )
-    gates = {"beta": beta_BTH} if g_BTH is None else {"beta": beta_BTH, "gates": g_BTH}
-    for name, tensor in gates.items():
-        if k_BTGK.shape[:2] != (batch, tokens) or tensor.shape != (batch, tokens, heads):
-            raise ValueError(
-                f"gated_delta_rule: got keys {tuple(k_BTGK.shape)} and {name} "
-                f"{tuple(tensor.shape)} for values {tuple(v_BTHV.shape)}, expected the values' "
-                "rows and tokens, and one number a head; give tensors of the same tokens"
-            )
-    if initial_state_BHKV is None:
-        return
-    if doc_ids_BT is not None:
-        raise ValueError(
-            "gated_delta_rule: got an initial state together with documents, expected one of "
-            "them; a state belongs to rows of one document"
-        )
-    if initial_state_BHKV.shape != (batch, heads, k_width, v_width):
-        raise ValueError(
-            f"gated_delta_rule: got an initial state {tuple(initial_state_BHKV.shape)}, expected "
-            f"{(batch, heads, k_width, v_width)}; give the state of these heads and widths"
-        )
+    numbers = {"beta": beta_BTH} if g_BTH is None else {"beta": beta_BTH, "gates": g_BTH}
+    check_heads("gated_delta_rule", q_BTGK, k_BTGK, v_BTHV, numbers)
+    batch, _, heads, v_width = v_BTHV.shape
+    expected = (batch, heads, k_BTGK.shape[3], v_width)
+    check_state("gated_delta_rule", initial_state_BHKV, expected, doc_ids_BT)
 
 
 def cost(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmtrain_kernels.checks import check_backend, check_heads, check_state
 from llmtrain_kernels.cost import Cost
 from llmtrain_kernels.scalar_decay import chunked, reference
 
@@ -73,39 +74,13 @@ def check(
     backend: str,
 ) -> None:
     """ValueError when the arguments of scalar_decay() do not fit together."""
-    if backend not in ("auto", *BACKENDS):
-        raise ValueError(
-            f"scalar_decay: got backend={backend!r}, expected auto or one of "
-            f"{', '.join(BACKENDS)}; set backend"
-        )
+    check_backend("scalar_decay", backend, BACKENDS)
     if chunk < 1:
         raise ValueError(f"scalar_decay: got chunk={chunk}, expected at least 1; set chunk")
-    batch, tokens, heads, v_width = v_BTHV.shape
-    groups, k_width = k_BTGK.shape[2:]
-    if q_BTGK.shape != k_BTGK.shape or heads % groups:
-        raise ValueError(
-            f"scalar_decay: got queries {tuple(q_BTGK.shape)}, keys {tuple(k_BTGK.shape)} and "
-            f"{heads} value heads, expected queries and keys of one shape whose groups divide the "
-            "heads; change the number of groups or heads"
-        )
-    if k_BTGK.shape[:2] != (batch, tokens) or g_BTH.shape != (batch, tokens, heads):
-        raise ValueError(
-            f"scalar_decay: got keys {tuple(k_BTGK.shape)} and gates {tuple(g_BTH.shape)} for "
-            f"values {tuple(v_BTHV.shape)}, expected the values' rows and tokens, and one gate a "
-            "head; give tensors of the same tokens"
-        )
-    if initial_state_BHKV is None:
-        return
-    if doc_ids_BT is not None:
-        raise ValueError(
-            "scalar_decay: got an initial state together with documents, expected one of them; a "
-            "state belongs to rows of one document"
-        )
-    if initial_state_BHKV.shape != (batch, heads, k_width, v_width):
-        raise ValueError(
-            f"scalar_decay: got an initial state {tuple(initial_state_BHKV.shape)}, expected "
-            f"{(batch, heads, k_width, v_width)}; give the state of these heads and widths"
-        )
+    check_heads("scalar_decay", q_BTGK, k_BTGK, v_BTHV, {"gates": g_BTH})
+    batch, _, heads, v_width = v_BTHV.shape
+    expected = (batch, heads, k_BTGK.shape[3], v_width)
+    check_state("scalar_decay", initial_state_BHKV, expected, doc_ids_BT)
 
 
 def cost(

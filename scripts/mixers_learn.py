@@ -81,7 +81,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--book-layers", type=int, default=8)
     add("--book-heads", type=int, default=8)
     add("--book-multiple", type=int, default=8, help="of the channel part's width")
-    add("--book-lr", type=float, default=2e-3, help="the same for every arm")
+    add("--book-rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3], help="learning rates")
+    add("--probe-tokens", type=int, default=2_000_000, help="of the run that chooses a rate")
     add("--val-tokens", type=int, default=400_000)
     return parser.parse_args(arguments)
 

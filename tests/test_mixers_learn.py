@@ -149,6 +149,33 @@ def test_script(tmp_path):
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 4
 
 
+@pytest.mark.slow
+def test_books(tmp_path):
+    """Short runs choose a rate, one run follows; all by `llmtrain train` on a prepared corpus."""
+    from llmtrain.config import compose
+    from llmtrain.prep import run_prep
+
+    texts, out = tmp_path / "texts", tmp_path / "out"
+    texts.mkdir()
+    for number in range(40):
+        (texts / f"{number}.txt").write_text(f"The number after {number} is {number + 1}. " * 60)
+    corpus = [f"data.sources.text.root={texts}", f"data.root={tmp_path}", "data.val_fraction=0.2"]
+    corpus += ["data.workers=1", "tokenizer.vocab_size=300"]
+    run_prep(compose("prep", ["data=text", *corpus]))
+    run_script(
+        *("books", "report", "--out", out, "--device", "cpu", "--arms", "mamba2", "--data", "text"),
+        *("--data-override", *corpus, "--book-vocab", 300, "--book-tokens", 2048),
+        *("--probe-tokens", 1024, "--book-step-tokens", 512, "--book-seq-len", 64),
+        *("--micro-batch", 4, "--book-width", 64, "--book-layers", 2, "--book-heads", 2),
+        *("--val-tokens", 256, "--book-rates", "1e-5", "1e-2"),
+    )
+    (row,) = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert (row["finished"], row["tokens"], row["lr"]) == (True, 2048, 1e-2)
+    assert set(row["probes"]) == {"1e-05", "0.01"}
+    assert row["bits_per_byte"] < min(row["probes"].values())
+    assert "| Mamba-2 |" in (out / "tables.md").read_text()
+
+
 def test_one_failing_arm_costs_no_other(tmp_path, learn, capsys):
     def job(name, code, retry=None):
         retry = None if retry is None else [sys.executable, "-c", retry]

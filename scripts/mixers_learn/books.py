@@ -12,13 +12,12 @@ import torch
 
 from llmtrain import build
 from mixers_learn import results
-from mixers_learn.arms import ARMS, match
+from mixers_learn.arms import ARMS, Matched, match
 from mixers_learn.workers import key_of, machine, model_facts
 
 
-def training(options: argparse.Namespace, name: str) -> list[str]:
+def training(options: argparse.Namespace, name: str, *, lr: float, tokens: int) -> list[str]:
     """The overrides that every arm shares, less the sizes of the model."""
-    tokens = options.book_tokens
     steps = -(-tokens // options.book_step_tokens)
     on_gpu = options.device.startswith("cuda")
     sequential = ARMS[name].sequential
@@ -33,7 +32,7 @@ def training(options: argparse.Namespace, name: str) -> list[str]:
         "model.qk_norm=true",
         f"data={options.data}",
         *options.data_override,
-        f"optimizer.lr={options.book_lr}",
+        f"optimizer.lr={lr}",
         "schedule.warmup_fraction=0.1",
         "schedule.min_ratio=0.1",
         "tracker=none",
@@ -53,55 +52,69 @@ def training(options: argparse.Namespace, name: str) -> list[str]:
 
 
 def books(options: argparse.Namespace, name: str) -> None:
-    """Train one arm, or continue its run, and write its row."""
+    """Choose an arm's learning rate by short runs, train it, or go on, and write its row."""
+    settings = {k: v for k, v in vars(options).items() if k.startswith(("book", "data", "probe"))}
+    key = key_of("books", name, **settings)
+    if key in results.finished(options.out):
+        return
+    probes = {}
+    if len(options.book_rates) > 1:
+        for lr in options.book_rates:
+            folder, _ = run(options, name, lr=lr, tokens=options.probe_tokens, kind="probe")
+            probes[lr] = read_summary(folder)["val"]["bits_per_byte"]
+    lr = min(probes, key=probes.__getitem__, default=options.book_rates[0])
+    folder, matched = run(options, name, lr=lr, tokens=options.book_tokens, kind="books")
+    row = row_of(folder, options, name, matched)
+    results.append(options.out, {"key": key, "lr": lr, "probes": probes, **row})
+
+
+def run(
+    options: argparse.Namespace, name: str, *, lr: float, tokens: int, kind: str
+) -> tuple[Path, Matched]:
+    """One run of an arm, or its continuation: (its folder, the arm)."""
     matched = match(
         ARMS[name],
-        training(options, name),
+        training(options, name, lr=lr, tokens=tokens),
         d_model=options.book_width,
         layers=options.book_layers,
         vocab_size=options.book_vocab,
         synthetic=False,
         multiple=options.book_multiple,
     )
-    run_dir = options.out / "runs" / f"books_{name}"
-    facts = [
-        text for text in matched.overrides if not text.startswith(("train.compile", "train.log"))
-    ]
-    key = key_of("books", name, overrides=facts, seed=0)
-    if key in results.finished(options.out):
-        return
+    folder = options.out / "runs" / f"{kind}_{name}_{lr:g}"
     command = [sys.executable, "-m", "llmtrain.cli", "train", *matched.overrides]
-    command += [f"name=books_{name}", f"run_dir={run_dir}"]
+    command += [f"name={folder.name}", f"run_dir={folder}"]
     print("llmtrain train", *command[4:], flush=True)
     subprocess.run(command, check=True)
-    results.append(options.out, row_of(run_dir, options, name, matched, key))
+    return folder, matched
 
 
-def row_of(
-    run_dir: Path, options: argparse.Namespace, name: str, matched: object, key: str
-) -> dict:
+def read_summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+def row_of(run_dir: Path, options: argparse.Namespace, name: str, matched: Matched) -> dict:
     """What a finished run's files say."""
-    summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    summary = read_summary(run_dir)
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     entries = [json.loads(line) for line in lines]
     starts = (run_dir / "starts.jsonl").read_text(encoding="utf-8").splitlines()
     train = [entry for entry in entries if entry["kind"] == "train"]
     model = build.build_model(matched.config, vocab_size=options.book_vocab, device="meta")
     return {
-        "key": key,
         "part": "books",
         "arm": name,
         "task": "books",
         "width": options.book_width,
         "seed": 0,
-        "lr": options.book_lr,
         "finished": summary["finished"],
         "tokens": summary["tokens"],
         "steps": summary["step"],
         "bits_per_byte": summary["val"]["bits_per_byte"],
         "val": [[e["tokens"], e["bits_per_byte"]] for e in entries if e["kind"] == "val"],
         "curve": [[e["tokens"], e["bits_per_byte"]] for e in train],
-        "tokens_per_second": max(entry["tokens_per_second"] for entry in train),
+        # the first interval has no rate, where it is one step
+        "tokens_per_second": max(e["tokens_per_second"] for e in train if "tokens_per_second" in e),
         "skipped": summary["skipped"],
         "memory": summary["memory"],
         "data_stream": json.loads(starts[-1])["data_stream"],

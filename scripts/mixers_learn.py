@@ -52,12 +52,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=[0])
     add("--layers", type=int, default=2)
     add("--heads", type=int, default=2)
-    add("--recall-steps", type=int, default=3000)
+    add("--recall-steps", type=int, default=6000)
     add("--recall-widths", nargs="+", type=int, default=[64])
-    trained, untrained = [(64, 4), (128, 16), (128, 32)], [(256, 64)]
+    trained = [(64, 4), (64, 8), (64, 16), (128, 32)]
+    untrained = [(256, 64)]
     add("--recall-sizes", nargs="+", type=size, default=trained, help="tokens:pairs")
     add("--recall-tested", nargs="+", type=size, default=untrained, help="sizes not trained on")
-    add("--recall-vocab", type=int, default=512)
+    add("--recall-vocab", type=int, default=256)
     add("--recall-step-tokens", type=int, default=8192)
     add("--test-questions", type=int, default=8192, help="of each size of recall")
     add("--groups", nargs="+", default=["parity", "s3", "s5_swaps"])

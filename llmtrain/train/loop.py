@@ -116,6 +116,8 @@ class Run:
             device=self.device,
             devices=self.world.size,
         )
+        if "interval" in trainer:
+            self.meter.restore(trainer["interval"])
         self.held_out = None
         if setup.held_out is not None:
             self.held_out = HeldOut(
@@ -242,6 +244,7 @@ class Run:
                 "next_sample": self.step * self.rows,
                 "data_fingerprint": self.setup.loader.fingerprint,
                 "data_stream": self.setup.loader.stream_hash,
+                "interval": self.meter.state(),
             }
             states = resume.generators(self.device)
             self.writer.save(self.step, self.engine.fragments(), states, trainer)

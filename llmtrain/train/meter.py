@@ -35,6 +35,18 @@ class Meter:
         self.steps = 0
         self.began = time.perf_counter()
 
+    def state(self) -> dict:
+        """What the interval has collected, times aside; for a checkpoint within it."""
+        names = ("nats", "ce_nats", "tokens", "text_bytes")
+        sums = {name: getattr(self, name) for name in names}
+        return {**sums, "norms": list(self.norms), "aux": dict(self.aux)}
+
+    def restore(self, state: dict) -> None:
+        """Go on with the interval that a checkpoint was made in."""
+        self.nats, self.ce_nats = state["nats"], state["ce_nats"]
+        self.tokens, self.text_bytes = state["tokens"], state["text_bytes"]
+        self.norms, self.aux = list(state["norms"]), dict(state["aux"])
+
     def pause(self, seconds: float) -> None:
         self.began += seconds
 

@@ -55,6 +55,8 @@ class RunLog:
             (self.run_dir / "git.diff").write_text(changes, encoding="utf-8")
         self.metrics = append_from(self.run_dir / "metrics.jsonl", resumed_step)
         self.ledger = append_from(self.run_dir / "ledger.jsonl", resumed_step)
+        kept = (self.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        self.written = {(line["step"], line.get("kind")) for line in map(json.loads, kept)}
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "resumed_step": resumed_step,
@@ -91,10 +93,12 @@ class RunLog:
                 self.progress.update(self.bar, completed=step)
 
     def interval(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl, mirrored to the tracker and the console."""
+        """One line of metrics.jsonl, mirrored to the tracker and the console. A finished run that is
+        started again validates again: its line is there already."""
         if not self.writes:
             return
-        write_line(self.metrics, {"step": step, "kind": kind, **values})
+        if (step, kind) not in self.written:
+            write_line(self.metrics, {"step": step, "kind": kind, **values})
         prefix = "" if kind == "train" else f"{kind}/"
         self.tracker.log(step, {f"{prefix}{name}": value for name, value in values.items()})
         self.say(console_line(step, self.total_steps, kind, values))

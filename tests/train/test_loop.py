@@ -194,6 +194,21 @@ def test_finished_run_started_again_adds_nothing(configure, tmp_path):
     assert again["val"] == first["val"]
     assert {path: path.stat().st_mtime_ns for path in files} == files
     assert len(lines(tmp_path / "run", "ledger")) == STEPS
+    kinds = [(line["step"], line["kind"]) for line in lines(tmp_path / "run", "metrics")]
+    assert kinds.count((STEPS, "val")) == 1
+    assert len(kinds) == len(set(kinds))
+
+
+def test_interval_that_a_restart_falls_into_is_averaged_whole(configure, tmp_path):
+    """Steps 5 to 8 are one line; the checkpoint that is continued was made after step 5."""
+    train(configure("straight"))
+    resume_from = tmp_path / "straight" / "checkpoints" / "step-00000005"
+    train(configure("again", f"train.resume={resume_from}"))
+    first, again = (lines(tmp_path / name, "metrics") for name in ("straight", "again"))
+    for name in ("loss", "bits_per_byte", "grad_norm"):
+        expected = [x[name] for x in first if x["kind"] == "train" and x["step"] > 5]
+        got = [line[name] for line in again if line["kind"] == "train"]
+        assert got == expected, name
 
 
 def test_longer_run_continues_and_logs_are_cut_at_the_checkpoint(configure, tmp_path):

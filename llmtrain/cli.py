@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmtrain import commands, groups
+from llmtrain.exits import FAILURE, FINISHED, USAGE_ERROR, RunFailed
 
-USAGE_ERROR = 2
 OWN_PACKAGES = ("llmtrain", "llmtrain_kernels", "llmtrain_data", "llmtrain_eval")
 SUMMARIES = {
     "prep": "text -> tokenizer -> token shards",
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = arguments.debug or os.environ.get("LLMTRAIN_DEBUG", "") not in ("", "0")
     if arguments.command is None or (arguments.help and arguments.command not in SUMMARIES):
         print(overview(parser))
-        return 0 if arguments.help else USAGE_ERROR
+        return FINISHED if arguments.help else USAGE_ERROR
     try:
         if arguments.command not in SUMMARIES:
             raise ValueError(
@@ -43,19 +43,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         if arguments.help:
             print(command_help(arguments.command, arguments.config_dir))
-            return 0
+            return FINISHED
         configure_logging()
-        commands.run(arguments.command, arguments.overrides, arguments.config_dir)
+        return commands.run(arguments.command, arguments.overrides, arguments.config_dir)
     except BrokenPipeError:
         if not reader_is_gone():
             raise
-        return 1
+        return FAILURE
     except (ValueError, OSError, ImportError) as error:
         if debug or not is_users(error):
             raise
         print(f"llmtrain: error: {error}", file=sys.stderr)
         return USAGE_ERROR
-    return 0
+    except RunFailed as error:
+        if debug:
+            raise
+        print(f"llmtrain: error: {error}", file=sys.stderr)
+        return FAILURE
 
 
 def reader_is_gone() -> bool:

@@ -5,16 +5,19 @@ Heavy imports stand in the functions, so that `llmtrain --help` answers at once.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from llmtrain.exits import FINISHED, STOPPED
 
 # Commands that several ranks (torchrun, srun) work on together.
 SPREAD = ("train", "eval")
 
 
-def run(command: str, overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> None:
-    """Compose, check and carry out one command."""
+def run(command: str, overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> int:
+    """Compose, check and carry out one command; returns the exit code (exits.py)."""
     from llmtrain.config import compose
     from llmtrain.distributed import discover
     from llmtrain.shared_config import shared
@@ -26,7 +29,7 @@ def run(command: str, overrides: Sequence[str], config_dirs: Sequence[str | Path
             "torchrun or srun"
         )
     with shared(world, lambda: compose(command, overrides, config_dirs=config_dirs)) as config:
-        COMMANDS[command](config)
+        return COMMANDS[command](config) or FINISHED
 
 
 def prep(config: dict) -> None:
@@ -35,12 +38,14 @@ def prep(config: dict) -> None:
     run_prep(config)
 
 
-def train(config: dict) -> None:
+def train(config: dict) -> int:
     from llmtrain.prep import check_tokenizer
     from llmtrain.train.loop import train
 
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # a crash in native code leaves the stack of every thread
     check_tokenizer(config)
-    train(config)
+    return FINISHED if train(config).get("finished", True) else STOPPED
 
 
 def evaluate(config: dict) -> None:

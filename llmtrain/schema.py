@@ -40,6 +40,11 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Guard:
+    inject: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Model:
     d_model: int
     n_layers: int
@@ -75,6 +80,7 @@ class TrainConfig:
     run_dir: str
     seed: int
     train: Train
+    guard: Guard
     mixers: dict[str, dict]
     channels: dict[str, dict]
     dry_run: bool

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from llmtrain.data.batch import MicroBatch
 from llmtrain.distributed import BACKENDS, TIMEOUT, World
+from llmtrain.train.faults import UNSPOILED, Spoil
 from llmtrain.train.module import SUMS, TrainModule
 from llmtrain.train.partitions import FlatPartitions, Fragment, Replicated, WeightPartitions
 from llmtrain.train.zero import Zero0, deepspeed_config
@@ -159,11 +160,17 @@ class Engine:
         self.channel_sums: dict[str, Tensor] = {}
         self.micro_steps = 0
 
-    def accumulate(self, micro: MicroBatch, *, last: bool) -> None:
-        """Forward and backward of one micro-batch. last: of the step, so that ranks then sum."""
+    def accumulate(self, micro: MicroBatch, *, last: bool, spoil: Spoil = UNSPOILED) -> None:
+        """Forward and backward of one micro-batch. last: of the step, so that ranks then sum.
+
+        spoil: what a fault on purpose multiplies.
+        """
         self.engine.set_gradient_accumulation_boundary(last)
         loss_sum, sums, aux = self.engine(micro)
-        self.engine.backward(loss_sum * self.loss_scale, scale_wrt_gas=False)
+        loss_sum = loss_sum * (self.loss_scale * spoil.gradient)
+        self.engine.backward(loss_sum, scale_wrt_gas=False)
+        if spoil.loss != 1.0:  # NaN too
+            sums[:2] *= spoil.loss
         self.sums += sums
         for name, value in aux.items():
             value = value.to(torch.float64)

@@ -24,14 +24,15 @@ from llmtrain_data.manifest import TOKEN_BYTES_FILE, TOKENIZER_FILE
 from llmtrain import distributed
 from llmtrain.data.prefetch import Prefetcher
 from llmtrain.model.init import keyed_seed
-from llmtrain.train import resume
+from llmtrain.train import faults, resume
 from llmtrain.train.batches import HeldOut
 from llmtrain.train.checkpoint import CheckpointWriter
 from llmtrain.train.engine import Engine, Pending, bits_per_byte
-from llmtrain.train.guard import SkipGuard, StopRequest
+from llmtrain.train.guard import SkipGuard
 from llmtrain.train.meter import Meter, peak_memory
 from llmtrain.train.runlog import LOGGERS, RunLog
 from llmtrain.train.setup import Setup
+from llmtrain.train.stopping import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class Run:
             resume.check_corpus(start, trainer, setup.loader.fingerprint)
         self.step = self.saved_step = self.first_step = trainer["step"]
         self.guard = SkipGuard(self.knobs["max_skipped"], trainer["skipped"])
+        self.faults = faults.Faults(setup.faults, rank=self.world.rank, run_dir=setup.run_dir)
 
         torch.manual_seed(keyed_seed(setup.config["seed"], f"rank {self.world.rank}"))
         module = setup.build_module()
@@ -176,6 +178,10 @@ class Run:
         """Forward and backward of this rank's micro-batches, and the update."""
         micros = next(batches)
         self.meter.waited += batches.waited_seconds
+        for text in self.faults.starting(self.step + 1, self.step):
+            self.log.event(self.step + 1, "fault", {"fault": text})
+        self.faults.before(self.step + 1)
+        spoil = self.faults.spoil(self.step)
         for i, micro in enumerate(micros):
             ctx = self.engine.module.model.stack.drawn(
                 micro.ctx,
@@ -184,12 +190,14 @@ class Run:
                 micro=i,
                 rank=self.world.rank,
             )
-            self.engine.accumulate(replace(micro, ctx=ctx), last=i == len(micros) - 1)
+            last = i == len(micros) - 1
+            self.engine.accumulate(replace(micro, ctx=ctx), last=last, spoil=spoil)
         lr = self.setup.optimizer.lr * self.setup.schedule.ratio(self.step)
         self.step += 1
         self.stop.install()
         stop = self.stop.requested is not None
         self.pending.append((self.step, lr, self.engine.update(lr, stop=stop)))
+        self.faults.after(self.step, self.engine.module)
         self.read_results(behind=self.behind)
 
     def read_results(self, *, behind: int) -> None:

@@ -92,6 +92,13 @@ class RunLog:
             if self.progress:
                 self.progress.update(self.bar, completed=step)
 
+    def event(self, step: int, event: str, values: dict) -> None:
+        """Something that happened at a step: a line of the ledger, shown on the console too."""
+        if self.writes:
+            write_line(self.ledger, {"event": event, "step": step, **values})
+            shown = ", ".join(f"{name} {value}" for name, value in values.items())
+            self.say(f"{event} at step {step}: {shown}")
+
     def interval(self, step: int, kind: str, values: dict[str, float]) -> None:
         """One line of metrics.jsonl, mirrored to the tracker and the console. A finished run that is
         started again validates again: its line is there already."""

@@ -14,7 +14,9 @@ from llmtrain.data.loader import TokenLoader
 from llmtrain.data.prefetch import check_rows
 from llmtrain.distributed import World
 from llmtrain.plan import Plan, describe, make_plan
+from llmtrain.train import faults
 from llmtrain.train.batches import choose_micro_batch
+from llmtrain.train.faults import Fault
 from llmtrain.train.module import TrainModule
 from llmtrain.train.optimizer import AdamW
 from llmtrain.train.runlog import check_writable
@@ -41,6 +43,7 @@ class Setup:
     loader: TokenLoader
     held_out: TokenLoader | None
     backends: dict[str, str]
+    faults: tuple[Fault, ...]
 
     @classmethod
     def check(cls, config: dict, world: World, device: torch.device) -> Setup:
@@ -76,6 +79,13 @@ class Setup:
             loader=loader,
             held_out=TokenLoader.open(corpus, "val", **order) if "val" in splits else None,
             backends=backends,
+            faults=faults.check(
+                config["guard"]["inject"],
+                ranks=world.size,
+                steps=plan.steps,
+                stage=zero.stage,
+                run_dir=Path(config["run_dir"]),
+            ),
         )
 
     @property

@@ -171,13 +171,13 @@ def test_signal_counts_though_a_library_took_its_handler(configure, tmp_path, mo
     """Micro-batch 5 (step 3) stands for a compiler that sets a handler, 9 (step 5) for Slurm."""
     stolen, calls, accumulate = [], [], Engine.accumulate
 
-    def accumulate_with_events(self, micro, *, last):
+    def accumulate_with_events(self, micro, **how):
         calls.append(micro)
         if len(calls) == 5:
             signal.signal(signal.SIGTERM, lambda number, frame: stolen.append(number))
         if len(calls) == 9:
             os.kill(os.getpid(), signal.SIGTERM)
-        accumulate(self, micro, last=last)
+        accumulate(self, micro, **how)
 
     monkeypatch.setattr(Engine, "accumulate", accumulate_with_events)
     summary = train(configure("run"))

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from llmtrain.train import runlog, tracker
-from llmtrain.train.guard import SIGNALS, SkipGuard, StopRequest
+from llmtrain.train.guard import SkipGuard
 from llmtrain.train.runlog import RunLog, append_from, check_writable, console_line
+from llmtrain.train.stopping import SIGNALS, StopRequest
 from llmtrain.train.tracker import All, Silent, TensorBoard, WandB
 
 

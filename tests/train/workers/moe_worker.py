@@ -39,12 +39,12 @@ def main() -> None:
         loads.append(sums["load"].tolist())
         return after_step(channel, sums)
 
-    def spoiled(engine: Engine, micro: MicroBatch, *, last: bool) -> None:
+    def spoiled(engine: Engine, micro: MicroBatch, *, last: bool, **more: object) -> None:
         if steps[0] == BAD_STEP and RANK == SIZE - 1 and last:
             weights_BT = micro.weights_BT.clone()
             weights_BT[0, 0] = float("inf")
             micro = dataclasses.replace(micro, weights_BT=weights_BT)
-        accumulate(engine, micro, last=last)
+        accumulate(engine, micro, last=last, **more)
 
     def counted(engine: Engine, *arguments: object, **more: object) -> object:
         steps[0] += 1

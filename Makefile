@@ -9,7 +9,7 @@ PINS := requirements/constraints.txt
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 export PYTHON
 
-.PHONY: help install quickstart quickstart-fresh test test-slow lint arrows bench readme wheel lock clean
+.PHONY: help install quickstart quickstart-fresh test test-slow lint arrows bench soak readme wheel lock clean
 
 help:
 	@grep -E '^# make|^[a-z-]+:.*##' Makefile | sed -E 's/^# //; s/:.*## */: /'
@@ -42,6 +42,9 @@ arrows: $(STAMP) ## imports go one way
 bench: $(STAMP) ## benchmarks that run on a CPU
 	@set -e; for file in $(sort $(wildcard kernels/bench/*.py data_prep/bench/*.py)); do \
 		echo "== $$file"; $(BIN)/python $$file; done
+
+soak: $(STAMP) ## an hour: kill trainings and damage checkpoints, compare with undisturbed twins
+	$(BIN)/python scripts/soak.py kill damage report --out runs/soak $(ARGS)
 
 readme: $(STAMP) ## write the tables and the tree of README.md from the files
 	$(BIN)/python scripts/readme.py

@@ -100,8 +100,10 @@ class RunLog:
             self.say(f"{event} at step {step}: {shown}")
 
     def interval(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl, mirrored to the tracker and the console. A finished run that is
-        started again validates again: its line is there already."""
+        """One line of metrics.jsonl, mirrored to the tracker and the console.
+
+        A finished run that is started again validates again: its line is there already.
+        """
         if not self.writes:
             return
         if (step, kind) not in self.written:

@@ -1,0 +1,1 @@
+"""The parts of scripts/soak.py: cells, processes, moments, watching, comparing, damage, report."""

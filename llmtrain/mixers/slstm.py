@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from einops import einsum, rearrange
 from llmtrain_kernels.causal_conv import causal_conv
-from llmtrain_kernels.slstm import BACKENDS, FORGET_GATES, slstm
+from llmtrain_kernels.slstm import BACKENDS, FORGET_GATES, select_backend, slstm
 from torch import Tensor, nn
 
 from llmtrain.context import SequenceContext
@@ -158,7 +158,7 @@ class SLSTM(Mixer):
     def kernel_backend(
         self, *, device: torch.device, dtype: torch.dtype, tokens: int, documents: bool
     ) -> str:
-        return "loop" if self.backend == "auto" else self.backend
+        return select_backend(self.backend, device.type, dtype, self.v_width)
 
     def flops_per_token(self, tokens: int) -> float:
         linears = (self.zo_proj, self.if_proj, self.out_proj)

@@ -1,10 +1,20 @@
 """The sLSTM recurrence: definition, the hand-written gradient, documents, states, extreme gates."""
 
 import inspect
+import logging
 
 import pytest
 import torch
-from llmtrain_kernels.slstm import BLOCK, cost, loop, reference, slstm
+from llmtrain_kernels.slstm import (
+    BLOCK,
+    cost,
+    loop,
+    op,
+    persistent,
+    reference,
+    select_backend,
+    slstm,
+)
 from torch.autograd.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -48,6 +58,7 @@ def test_backends_share_the_signature():
     plain = [p for name, p in expected.items() if name != "backend"]
     assert list(inspect.signature(reference).parameters.values()) == plain
     assert list(inspect.signature(loop).parameters.values()) == plain
+    assert list(inspect.signature(persistent).parameters.values()) == plain
 
 
 @pytest.mark.parametrize("forget_gate", FORGET_GATES)
@@ -180,9 +191,49 @@ def test_cost_is_what_the_loop_multiplies():
 
 
 @pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (("cuda", torch.bfloat16, 128), None),
+        (("cuda", torch.float32, 16), None),
+        (("cuda", torch.float64, 64), "they compute in float32, not float64"),
+        (("cuda", torch.float32, 48), "they take heads of width 16, 32, 64, 128, not 48"),
+        (("cpu", torch.float32, 64), "they run on cuda, not cpu"),
+    ],
+)
+def test_where_the_kernels_can_run(monkeypatch, case, reason):
+    monkeypatch.setattr(op, "HAS_TRITON", True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert op.unsupported(*case) == reason
+    monkeypatch.setattr(op, "HAS_TRITON", False)
+    assert op.unsupported(*case) == "triton is not installed; pip install triton"
+    with pytest.raises(ValueError, match=r"backend='triton'.*triton is not installed; pip install"):
+        select_backend("triton", *case)
+
+
+def test_auto_takes_the_kernels_on_a_gpu_alone_and_says_so_once(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(op, "HAS_TRITON", True)
+    op.choice.cache_clear()
+    for _ in range(2):
+        assert select_backend("auto", "cuda", torch.bfloat16, 64) == "triton"
+        assert select_backend("auto", "cuda", torch.float32, 48) == "loop"
+        assert select_backend("auto", "cpu", torch.float32, 64) == "loop"
+    found = [(record.levelname, record.message) for record in caplog.records]
+    assert found == [
+        ("INFO", "slstm: triton on cuda (one launch for all tokens)"),
+        ("WARNING", "slstm: loop on cuda (they take heads of width 16, 32, 64, 128, not 48)"),
+        ("INFO", "slstm: loop on cpu (they run on cuda, not cpu)"),
+    ]
+    op.choice.cache_clear()
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"backend": "chunked"}, "slstm: got backend='chunked', expected auto or one of loop"),
+        (
+            {"backend": "chunked"},
+            "slstm: got backend='chunked', expected auto or one of triton, loop",
+        ),
         ({"forget_gate": "relu"}, "slstm: got forget_gate='relu', expected one of sigmoid, exp"),
         ({"initial_state": ()}, r"slstm: got an initial state \[\], expected"),
         (

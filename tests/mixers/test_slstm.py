@@ -98,7 +98,10 @@ def test_what_does_not_decay():
         ({"n_heads": 5}, "slstm: got d_model=32 and n_heads=5, expected a multiple"),
         ({"d_conv": 1}, "slstm: got d_conv=1, expected at least 2, or null for no convolution"),
         ({"forget_gate": "relu"}, "slstm: got forget_gate='relu', expected one of sigmoid, exp"),
-        ({"backend": "chunked"}, "slstm: got backend='chunked', expected auto or one of loop"),
+        (
+            {"backend": "chunked"},
+            "slstm: got backend='chunked', expected auto or one of triton, loop",
+        ),
         ({"head_norm": "batch"}, "head_norm: got 'batch', expected one of layernorm, rmsnorm"),
     ],
 )

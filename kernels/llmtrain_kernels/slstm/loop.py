@@ -1,23 +1,11 @@
-"""The sLSTM recurrence: scalar memories whose gates read the last output, exponentially gated.
+"""The sLSTM as torch operations with few launches a token, on any device.
 
-    (z~, i~, f~, o~)_t = x_t + h_{t-1} R                    R block-diagonal: one block a head
-    z_t = tanh(z~)    o_t = sigmoid(o~)    log f_t = log sigmoid(f~), or f~ for forget_gate="exp"
-    m_t = max(log f_t + m_{t-1}, i~_t)                      the stabiliser
-    i_t = exp(i~_t - m_t)    f_t = exp(log f_t + m_{t-1} - m_t)
-    c_t = f_t c_{t-1} + i_t z_t    n_t = f_t n_{t-1} + i_t    h_t = o_t c_t / n_t
+11 launches a token forward and 7 backward (one more each with documents): results go into buffers
+made before, gates lie side by side, so that one operation serves several, and all that the backward
+pass needs of the forward's values is formed for many tokens at once. The gradient of R is one
+matrix product a block of tokens. The stabiliser is a constant there: c / n does not depend on it.
 
-Beck et al. 2024, arXiv:2405.04517, eq. 8-17. Everything in float32 (float64 stays). The gates see
-h_{t-1}, so tokens come one after the other. n_t >= 1 after every token, because of f_t and i_t the
-larger one is 1; n = 0 says that there was no token, and then m_t = i~_t.
-
-The loop backend makes 11 launches a token forward and 7 backward (one more each with documents):
-results go into buffers made before, gates lie side by side, so that one operation serves several,
-and all that the backward pass needs of the forward's values is formed for many tokens at once. The
-gradient of R is one matrix product a block of tokens. The stabiliser is a constant there: c / n
-does not depend on it.
-
-Cost: 8 H V^2 FLOPs a token (h R). Saved: c, n, m, h and x, 8 H V numbers a token.
-X = 4 V numbers a head are in the order z, i, f, o.
+Saved: c, n, m, h and x, 8 H V numbers a token.
 """
 
 from __future__ import annotations
@@ -27,51 +15,9 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
 
-from llmtrain_kernels.checks import check_backend, check_choice, check_state
-from llmtrain_kernels.cost import Cost
+from llmtrain_kernels.slstm.reference import LOG_FORGET_MAX, State
 
-BACKENDS = ("loop", "reference")
-FORGET_GATES = ("sigmoid", "exp")
-LOG_FORGET_MAX = 1e30  # sums of log gates stay finite for any pre-activation
 BLOCK = 128  # tokens whose coefficients the backward pass forms at once
-State = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def reference(
-    x_BTHX: Tensor,
-    r_HVX: Tensor,
-    *,
-    forget_gate: str = "sigmoid",
-    initial_state: State | None = None,
-    doc_ids_BT: Tensor | None = None,
-    return_state: bool = False,
-) -> tuple[Tensor, State | None]:
-    """The definition, one token after the other. Arguments as slstm()."""
-    dtype = torch.promote_types(x_BTHX.dtype, torch.float32)
-    batch, tokens, heads, _ = x_BTHX.shape
-    r_HVX = r_HVX.to(dtype)
-    if initial_state is None:
-        state = tuple(r_HVX.new_zeros(batch, heads, r_HVX.shape[1]) for _ in range(4))
-    else:
-        state = tuple(z.to(dtype) for z in initial_state)
-    outputs = []
-    for t in range(tokens):
-        if doc_ids_BT is not None and t > 0:
-            same_B = doc_ids_BT[:, t] == doc_ids_BT[:, t - 1]
-            state = tuple(torch.where(same_B[:, None, None], z, 0) for z in state)
-        h, c, n, m = state
-        gates_BHX = x_BTHX[:, t].to(dtype) + (h[:, :, None] @ r_HVX)[:, :, 0]
-        z, i, f, o = gates_BHX.chunk(4, dim=-1)
-        log_f = F.logsigmoid(f) if forget_gate == "sigmoid" else f.clamp(max=LOG_FORGET_MAX)
-        carried = torch.where(n == 0, float("-inf"), log_f + m)
-        m = torch.maximum(carried, i)
-        write, keep = (i - m).exp(), (carried - m).exp()
-        c, n = keep * c + write * z.tanh(), keep * n + write
-        h = o.sigmoid() * (c / n)
-        state = (h, c, n, m)
-        outputs.append(h)
-    h_BTHV = torch.stack(outputs, dim=1).to(x_BTHX.dtype)
-    return h_BTHV, state if return_state else None
 
 
 @torch.library.custom_op("llmtrain::slstm_forward", mutates_args=())
@@ -290,75 +236,3 @@ def loop(
         return h_BTHV, None
     h, c, n, m = rearrange(last_4HBV, "s h b v -> s b h v")
     return h_BTHV, (h, c, n, m.detach())
-
-
-def slstm(
-    x_BTHX: Tensor,
-    r_HVX: Tensor,
-    *,
-    forget_gate: str = "sigmoid",
-    initial_state: State | None = None,
-    doc_ids_BT: Tensor | None = None,
-    return_state: bool = False,
-    backend: str = "auto",
-) -> tuple[Tensor, State | None]:
-    """(h_BTHV in x's dtype, the state after the last token or None).
-
-    x_BTHX: what the tokens and biases give to the pre-activations z, i, f, o of each head, X = 4 V;
-    any finite size. r_HVX: what h_{t-1} adds, a block a head. forget_gate: "sigmoid" or "exp".
-    initial_state, and the one returned: (h, c, n, m), each [B, H, V] in float32 (float64); None is
-    zeros. In the loop's gradient the returned m is a constant: c exp(m) and n exp(m) have theirs.
-    doc_ids_BT: integers >= 0 that never fall along a row; a new one starts from the zero state.
-    backend: auto (loop) | loop | reference. ValueError for arguments that do not fit together.
-    """
-    check(x_BTHX, r_HVX, forget_gate, initial_state, doc_ids_BT, backend)
-    run = reference if backend == "reference" else loop
-    return run(
-        x_BTHX,
-        r_HVX,
-        forget_gate=forget_gate,
-        initial_state=initial_state,
-        doc_ids_BT=doc_ids_BT,
-        return_state=return_state,
-    )
-
-
-def check(
-    x_BTHX: Tensor,
-    r_HVX: Tensor,
-    forget_gate: str,
-    initial_state: State | None,
-    doc_ids_BT: Tensor | None,
-    backend: str,
-) -> None:
-    """ValueError when the arguments of slstm() do not fit together."""
-    check_backend("slstm", backend, BACKENDS)
-    check_choice("slstm", "forget_gate", forget_gate, FORGET_GATES)
-    batch, _, heads, x_width = x_BTHX.shape
-    v_width = r_HVX.shape[1]
-    if r_HVX.shape != (heads, v_width, x_width) or x_width != 4 * v_width:
-        raise ValueError(
-            f"slstm: got x {tuple(x_BTHX.shape)} and r {tuple(r_HVX.shape)}, expected "
-            "[B, T, H, 4 V] and [H, V, 4 V]; give the pre-activations of the gates side by side"
-        )
-    check_state("slstm", initial_state, [(batch, heads, v_width)] * 4, doc_ids_BT)
-
-
-def cost(tokens: int, *, heads: int, v_width: int, dtype: torch.dtype) -> tuple[Cost, Cost]:
-    """(forward, backward) of so many tokens (B T). Backward: the gradients of h and R, and once
-    more the pre-activations. R is read once: on a GPU it would have to stay on the chip."""
-    wide = torch.promote_types(dtype, torch.float32).itemsize
-    units, r_bytes = tokens * heads * v_width, heads * v_width * 4 * v_width * wide
-    forward = Cost(
-        flops=8.0 * units * v_width,
-        bytes_read=4 * units * dtype.itemsize + r_bytes,
-        bytes_written=units * dtype.itemsize,
-        saved_bytes=8 * units * wide,  # x, c, n, m, h
-    )
-    backward = Cost(
-        flops=2 * forward.flops,
-        recomputed_flops=forward.flops,
-        bytes_read=8 * units * wide + units * dtype.itemsize + r_bytes,
-        bytes_written=4 * units * dtype.itemsize + r_bytes,
-    )
-    return forward, backward

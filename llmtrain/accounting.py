@@ -141,13 +141,15 @@ def memory_per_rank(
     world_size: int,
     micro_batch: int,
     seq_len: int,
+    optimizer_values: int | None = None,
+    optimizer_step_values: int = 0,
     activation_checkpointing: str = "none",
     compiled: bool = False,
     chunk_tokens: int | None = None,
     bucket_elements: int = 0,
     live_parameters: int = 1_000_000_000,
 ) -> MemoryEstimate:
-    """Estimate for float32 parameters, gradients and AdamW under DeepSpeed (read in 0.19.8).
+    """Estimate for float32 parameters, gradients and state under DeepSpeed (read in 0.19.8).
 
     N parameters, W ranks. Stages 1 to 3 step a float32 copy of the rank's N/W parameters, though
     the parameters are float32 already (stage 3 means not to, but compares a torch.device with a
@@ -155,6 +157,8 @@ def memory_per_rank(
     gradients until then, 2 and 3 only those of the rank; 3 splits the parameters too, and gathers
     at most live_parameters of them (stage3_max_live_parameters).
 
+    optimizer_values: float32 values that the optimizer keeps of the whole model, None for AdamW's
+    two a parameter; optimizer_step_values: temporary ones while it steps.
     bucket_elements: communication buffers altogether (reduce_bucket_size, twice with overlap_comm);
     they never hold more than all gradients, and one rank has none.
     chunk_tokens: the objective's. Works on meta.
@@ -163,17 +167,19 @@ def memory_per_rank(
         raise ValueError(f"memory: got ZeRO stage {stage}, expected 0, 1, 2 or 3; set deepspeed")
     count = sum(p.numel() for p in model.parameters())
     whole, shard = FP32_BYTES * count, FP32_BYTES * -(-count // world_size)
+    kept = 2 * count if optimizer_values is None else optimizer_values
+    owners = world_size if stage > 0 else 1
     gathered = FP32_BYTES * min(count, live_parameters)
     tokens = micro_batch * seq_len
     return MemoryEstimate(
         parameters=whole if stage < 3 else shard + gathered,
         master=shard if stage > 0 else 0,
         gradients=whole if stage < 2 else shard,
-        optimizer=2 * (whole if stage == 0 else shard),
+        optimizer=FP32_BYTES * -(-kept // owners),
         buffers=FP32_BYTES * min(bucket_elements, count) if world_size > 1 else 0,
         activations=activation_bytes(model, tokens, activation_checkpointing, compiled=compiled),
         logits=logits_bytes(model, tokens, compiled=compiled, chunk_tokens=chunk_tokens),
-        step=shard if stage > 0 else 0,
+        step=(shard if stage > 0 else 0) + FP32_BYTES * -(-optimizer_step_values // owners),
     )
 
 

@@ -8,9 +8,10 @@
         config.yaml  tokenizer.json  token_bytes.npy
 
 A fragment is a 1-D slice of a flattened parameter or buffer (kind param) or of a parameter's
-optimizer state (kinds exp_avg, exp_avg_sq), starting at element <offset>. The fragments of all
-files cover every tensor once, so any number of ranks, at any ZeRO stage, reads what it needs. A
-checkpoint is good when every file in its manifest has the size and hash written there.
+optimizer state (AdamW: exp_avg, exp_avg_sq; Muon: momentum), starting at element <offset>. The
+fragments of all files cover every tensor once, so any number of ranks, at any ZeRO stage, reads
+what it needs. A checkpoint is good when every file in its manifest has the size and hash written
+there.
 """
 
 from __future__ import annotations

@@ -60,6 +60,8 @@ def make_plan(config: dict, *, ranks: int = 1) -> Plan:
             "of ranks, or train.micro_batch"
         )
 
+    optimizer = build.part(config["optimizer"], build.label(config, "optimizer")).memory(model)
+
     def memory(stage: int, micro_batch: int) -> MemoryEstimate:
         node = config["deepspeed"]
         return accounting.memory_per_rank(
@@ -68,6 +70,8 @@ def make_plan(config: dict, *, ranks: int = 1) -> Plan:
             world_size=ranks,
             micro_batch=micro_batch,
             seq_len=seq_len,
+            optimizer_values=optimizer.state,
+            optimizer_step_values=optimizer.step,
             activation_checkpointing=train["activation_checkpointing"],
             compiled=train["compile"] != "none",
             chunk_tokens=config["objective"].get("chunk_tokens"),

@@ -45,6 +45,12 @@ class Guard:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Health:
+    optimizer_check: bool
+    optimizer_check_elements: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Model:
     d_model: int
     n_layers: int
@@ -81,6 +87,7 @@ class TrainConfig:
     seed: int
     train: Train
     guard: Guard
+    health: Health
     mixers: dict[str, dict]
     channels: dict[str, dict]
     dry_run: bool

@@ -47,6 +47,7 @@ def validate(command: str, config: dict, raw: dict, typed: list[Override]) -> No
         check_prep(typed)
         return
     check_sizes(config)
+    check_health(config["health"], typed)
     check_mounted(config)
     check_position(config)
     check_model_overrides(raw, typed)
@@ -143,6 +144,16 @@ def check_sizes(config: dict) -> None:
             f"train.micro_batch: got {micro}, expected a divisor of the {batch // seq_len} rows "
             "of a global batch (train.global_batch_tokens / train.seq_len); change either, or "
             "set train.micro_batch=null"
+        )
+
+
+def check_health(health: dict, typed: list[Override]) -> None:
+    """Numbers are positive, and none is given for a check that is off."""
+    positive(health, ["optimizer_check_elements"], "health")
+    override = given(typed, "health.optimizer_check_elements")
+    if override and not health["optimizer_check"]:
+        raise ValueError(
+            f"{override.input_line}: has no effect with health.optimizer_check=false; remove either"
         )
 
 

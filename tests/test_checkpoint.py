@@ -13,8 +13,9 @@ from llmtrain import checkpoint
 from llmtrain.checkpoint import BadCheckpoint, FragmentReader, load_model
 from llmtrain.distributed import World
 from llmtrain.train.checkpoint import CheckpointWriter
-from llmtrain.train.partitions import KINDS, Fragment
+from llmtrain.train.partitions import Fragment
 
+KINDS = ("param", "exp_avg", "exp_avg_sq")
 SHAPES = {"model.a": (3, 5), "model.b": (7,)}
 ALONE = World(rank=0, size=1, local_rank=0)
 

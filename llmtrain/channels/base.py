@@ -28,6 +28,9 @@ class Channel(nn.Module):
     """
 
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
+    # What optimizer=muon takes for matrices, beside the weights of Linears: train/matrices.py
+    matrices: ClassVar[tuple[str, ...]] = ()
+    no_matrices: ClassVar[tuple[str, ...]] = ()
     adds_nothing: ClassVar[bool] = False  # a block then leaves it out, with its norms
 
     def forward(self, x_BTD: Tensor, ctx: SequenceContext) -> tuple[Tensor, Aux]:

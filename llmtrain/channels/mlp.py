@@ -134,6 +134,7 @@ class SwiGLU(Channel):
         super().__init__()
         check_hidden(hidden)
         self.gate_up = Linear(d_model, 2 * hidden, bias=bias, init_std=init_std)
+        self.matrix_splits = {"gate_up.weight": (hidden, hidden)}
         self.down = Linear(hidden, d_model, bias=bias, init_std=depth_std(init_std, n_layers))
 
     def forward(self, x_BTD: Tensor, ctx: SequenceContext) -> tuple[Tensor, Aux]:

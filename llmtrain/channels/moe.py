@@ -64,6 +64,9 @@ class MoE(Channel):
     log E, 1 being even; dropped, pairs beyond capacity. All but router_entropy are of whole steps.
     """
 
+    matrices = ("gate_up", "down")
+    no_matrices = ("shared_gate.weight",)
+
     def __init__(
         self,
         d_model: int,
@@ -120,6 +123,7 @@ class MoE(Channel):
         self.backend = backend
         self.gate_up = nn.Parameter(torch.empty(n_experts, 2 * hidden, d_model))
         self.down = nn.Parameter(torch.empty(n_experts, d_model, hidden))
+        self.matrix_splits = {"gate_up": (hidden, hidden)}
         self.shared = self.shared_gate = None
         if n_shared:
             self.shared = SwiGLU(

@@ -25,6 +25,8 @@ from llmtrain.model.linear import cast_parameter
 class MoEDense(Channel):
     """hidden: of one expert. Logged: router_entropy over log E, 1 being even weights."""
 
+    matrices = ("gate_up", "down")
+
     def __init__(
         self,
         d_model: int,
@@ -44,6 +46,7 @@ class MoEDense(Channel):
         self.router = RouterLinear(d_model, n_experts, init_std=init_std)
         self.gate_up = nn.Parameter(torch.empty(n_experts, 2 * hidden, d_model))
         self.down = nn.Parameter(torch.empty(n_experts, d_model, hidden))
+        self.matrix_splits = {"gate_up": (hidden, hidden)}
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.gate_up, std=self.init_std)

@@ -32,6 +32,8 @@ TINY = 1e-20  # added to a sum of sigmoids, which may all have underflowed
 class RouterLinear(Linear):
     """Logits in float32 at least, from float32 activations and weights."""
 
+    no_matrices = ("weight",)
+
     def forward(self, x_ND: Tensor) -> Tensor:
         exact_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
         return nn.functional.linear(exact_ND, cast_parameter(self.weight, exact_ND))

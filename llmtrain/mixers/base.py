@@ -28,6 +28,9 @@ class Mixer(nn.Module):
     uses_positions: ClassVar[bool] = False  # reads ctx.rotary[self.rotary_width]
     rotary_width: int  # of the head part that positions may turn; set by those with uses_positions
     no_weight_decay: ClassVar[tuple[str, ...]] = ()  # names of parameters, relative to the mixer
+    # What optimizer=muon takes for matrices, beside the weights of Linears: train/matrices.py
+    matrices: ClassVar[tuple[str, ...]] = ()
+    no_matrices: ClassVar[tuple[str, ...]] = ()
 
     def forward(
         self, x_BTD: Tensor, ctx: SequenceContext, state: State | None = None

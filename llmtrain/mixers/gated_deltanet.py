@@ -55,6 +55,7 @@ class GatedDeltaNet(Mixer):
     """
 
     no_weight_decay = ("A_log", "dt_bias")
+    no_matrices = ("b_proj.weight", "a_proj.weight")
 
     def __init__(
         self,
@@ -95,6 +96,7 @@ class GatedDeltaNet(Mixer):
         keys, values = n_heads * self.head_dim, n_v_heads * self.v_width
         self.qkv_widths = (keys, keys, values)
         self.qkv_proj = Linear(d_model, sum(self.qkv_widths), init_std=init_std)
+        self.matrix_splits = {"qkv_proj.weight": self.qkv_widths}
         self.conv_weight = nn.Parameter(torch.empty(sum(self.qkv_widths), d_conv))
         self.conv_bias = nn.Parameter(torch.empty(sum(self.qkv_widths))) if conv_bias else None
         self.b_proj = Linear(d_model, n_v_heads, init_std=init_std)

@@ -52,6 +52,7 @@ class Mamba(Mixer):
     """
 
     no_weight_decay = ("A_log", "D", "dt_bias")
+    matrices = ("x_proj",)
 
     def __init__(
         self,
@@ -89,6 +90,7 @@ class Mamba(Mixer):
         self.dt_limit, self.chunk, self.backend = tuple(dt_limit), chunk, backend
         width, per_head = self.d_inner, self.d_inner // n_heads
         self.in_proj = Linear(d_model, 2 * width, bias=bias, init_std=init_std)
+        self.matrix_splits = {"in_proj.weight": (width, width)}
         self.conv_weight = nn.Parameter(torch.empty(width, d_conv))
         self.conv_bias = nn.Parameter(torch.empty(width)) if conv_bias else None
         self.x_proj = nn.Parameter(torch.empty(n_heads, self.dt_rank + 2 * d_state, per_head))

@@ -91,8 +91,10 @@ class Mamba2(Mixer):
         self.dt_limit, self.A_range = tuple(dt_limit), tuple(A_range)
         self.chunk, self.backend = chunk, backend
         self.conv_width = d_inner + 2 * n_groups * d_state
-        projected = d_inner + self.conv_width + self.n_heads
-        self.in_proj = Linear(d_model, projected, bias=bias, init_std=init_std)
+        groups = n_groups * d_state
+        projected = (d_inner, d_inner, groups, groups, self.n_heads)  # z, x, B, C, dt
+        self.in_proj = Linear(d_model, sum(projected), bias=bias, init_std=init_std)
+        self.matrix_splits = {"in_proj.weight": projected}
         self.conv_weight = nn.Parameter(torch.empty(self.conv_width, d_conv))
         self.conv_bias = nn.Parameter(torch.empty(self.conv_width)) if conv_bias else None
         self.A_log = nn.Parameter(torch.empty(self.n_heads))

@@ -103,6 +103,7 @@ class LatentAttention(Mixer):
             self.q_norm = RMSNorm(q_lora_rank, eps=norm_eps)
         self.q_up = Linear(d_query, queries, init_std=init_std)
         self.kv_down = Linear(d_model, self.kv_lora_rank + self.rope, init_std=init_std)
+        self.matrix_splits = {"kv_down.weight": (self.kv_lora_rank, self.rope)}
         self.kv_norm = RMSNorm(self.kv_lora_rank, eps=norm_eps)
         expanded = n_heads * (self.nope + self.v_head_dim)
         self.kv_up = Linear(self.kv_lora_rank, expanded, init_std=init_std)

@@ -40,6 +40,8 @@ class MLSTM(Mixer):
     projections, not of the gates, which have one. chunk: tokens a chunk of the kernel.
     """
 
+    no_matrices = ("gate_proj.weight",)
+
     def __init__(
         self,
         d_model: int,

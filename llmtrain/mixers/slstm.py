@@ -189,6 +189,8 @@ def check_heads(d_model: int, n_heads: int) -> None:
 class BlockLinear(nn.Module):
     """y = x W^T with W of equal diagonal blocks; W ~ N(0, init_std)."""
 
+    matrices = ("weight",)
+
     def __init__(self, d_in: int, d_out: int, *, blocks: int, init_std: float):
         super().__init__()
         self.init_std = init_std

@@ -8,8 +8,8 @@ What DeepSpeed does: divide state among ranks and sum gradients over them. What 
     skipping    a step whose loss or norm is not finite changes nothing, on every rank alike
 
 One small all-reduce a step carries the sums, the norm, the stop request and what channels sum over
-the step. Its results stay on the device: clipping factor and skip flag go into the fused AdamW
-kernel, and the host reads them one step later, so that a step never waits for the GPU.
+the step. Its results stay on the device: clipping factor and skip flag go into the optimizer's
+kernels, and the host reads them one step later, so that a step never waits for the GPU.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from llmtrain.data.batch import MicroBatch
 from llmtrain.distributed import BACKENDS, TIMEOUT, World
 from llmtrain.train.faults import UNSPOILED, Spoil
 from llmtrain.train.module import SUMS, TrainModule
+from llmtrain.train.muon import OrthogonalMomentum
 from llmtrain.train.partitions import FlatPartitions, Fragment, Replicated, WeightPartitions
+from llmtrain.train.reference import Step
+from llmtrain.train.truth import OptimizerCheck
 from llmtrain.train.zero import Zero0, deepspeed_config
 
 
@@ -107,15 +110,15 @@ def load_deepspeed(device: torch.device) -> ModuleType:
 class Engine:
     """One model in training on this rank, which has joined the process group (distributed.start).
 
-    step_tokens: tokens of a full global batch; grad_clip: None for no clipping. The optimizer is
-    built over the module's own parameters, before any of this. shapes: name -> shape of every
-    parameter and persistent buffer, before any partitioning.
+    step_tokens: tokens of a full global batch; grad_clip: None for no clipping; check: of the first
+    step that is applied. The optimizer is built over the module's own parameters, before any of
+    this. shapes: name -> shape of every parameter and persistent buffer, before any partitioning.
     """
 
     def __init__(
         self,
         module: TrainModule,
-        optimizer: torch.optim.AdamW,
+        optimizer: torch.optim.Optimizer,
         *,
         zero: Zero0,
         world: World,
@@ -123,17 +126,22 @@ class Engine:
         micro_batch: int,
         step_tokens: int,
         grad_clip: float | None,
+        check: OptimizerCheck | None = None,
     ):
         deepspeed = load_deepspeed(device)
         deepspeed.init_distributed(BACKENDS[device.type], timeout=TIMEOUT)
         self.world, self.device = world, device
         self.step_tokens, self.grad_clip = step_tokens, grad_clip
+        self.check, self.steps_before = check, 0
         # The true number of tokens is known only after the step's all-reduce; update() corrects.
         self.loss_scale = (world.size if zero.averages else 1) / step_tokens
         self.config = config = deepspeed_config(
-            zero, micro_batch=micro_batch, world_size=world.size
+            zero,
+            micro_batch=micro_batch,
+            world_size=world.size,
+            own_optimizer=isinstance(optimizer, OrthogonalMomentum),
         )
-        self.adam = optimizer
+        self.optimizer = optimizer
         parameters = {name: tuple(p.shape) for name, p in module.named_parameters()}
         buffers = [name for name in module.state_dict() if name not in parameters]
         self.shapes = parameters | {name: tuple(module.get_buffer(name).shape) for name in buffers}
@@ -150,6 +158,8 @@ class Engine:
             self.parts = WeightPartitions(module, wrapped, world.rank)
         else:
             self.parts = FlatPartitions(module, wrapped, alone=alone)
+        if isinstance(optimizer, OrthogonalMomentum):
+            optimizer.attach(rank=world.rank, size=world.size, partitioned=zero.stage > 0)
         self.module = module
         self.buffers = {name: module.get_buffer(name) for name in buffers}
         self.begin_step()
@@ -179,8 +189,9 @@ class Engine:
         self.micro_steps += 1
 
     @torch.no_grad()
-    def update(self, lr: float, *, stop: bool = False) -> Pending:
-        """The optimizer step. stop: this rank was asked to stop; any rank's request counts."""
+    def update(self, ratio: float, *, stop: bool = False) -> Pending:
+        """The optimizer step. ratio: of every group's lr to its own peak; stop: this rank was asked
+        to stop; any rank's request counts."""
         names = sorted(self.aux)
         passes = self.micro_steps * self.world.size
         means = [self.aux[name] / passes for name in names]
@@ -198,13 +209,19 @@ class Engine:
         scale = torch.ones_like(norm)
         if self.grad_clip is not None:
             scale = ((norm + 1e-6) / self.grad_clip).clamp(min=1.0)
-        # Read by torch's fused kernel: gradients are divided by grad_scale, and nothing is
-        # updated, the step count included, when found_inf is 1.
-        self.adam.grad_scale = (scale / correction).to(torch.float32)
-        self.adam.found_inf = (~finite).to(torch.float32)
-        for group in self.adam.param_groups:
-            group["lr"] = lr
+        # Read by the optimizer, as by torch's fused kernel: gradients are divided by grad_scale,
+        # and nothing is updated, the step count included, when found_inf is 1.
+        self.optimizer.grad_scale = (scale / correction).to(torch.float32)
+        self.optimizer.found_inf = (~finite).to(torch.float32)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * ratio
+        if self.check is not None:
+            self.check.before(self.parts.to_save(), self.parts.gradient)
         self.engine.step()
+        if self.check is not None and finite:
+            factor = correction / scale
+            self.check.after(Step(ratio=ratio, count=self.steps_before + 1, factor=factor.item()))
+            self.check = None
         self.parts.stepped()
         head, tail = totals[: len(SUMS)], totals[len(SUMS) + 1 :]
         metrics = self.after_step(channel_sums, finite)
@@ -257,6 +274,7 @@ class Engine:
     def loaded(self, optimizer_steps: int) -> None:
         for state in self.parts.states:
             state["step"].fill_(optimizer_steps)
+        self.steps_before = optimizer_steps
         self.parts.loaded()
 
     def close(self) -> None:

@@ -87,6 +87,7 @@ class Run:
         torch.manual_seed(keyed_seed(setup.config["seed"], f"rank {self.world.rank}"))
         module = setup.build_module()
         optimizer = setup.optimizer.build(module)
+        check = setup.optimizer_check(module)
         if self.knobs["compile"] == "blocks":
             module.compile_blocks()
         elif self.knobs["compile"] == "model":
@@ -100,6 +101,7 @@ class Run:
             micro_batch=setup.micro_batch,
             step_tokens=self.step_tokens,
             grad_clip=self.knobs["grad_clip"],
+            check=check,
         )
         if start is not None:
             resume.restore(start, self.engine, trainer)
@@ -192,11 +194,12 @@ class Run:
             )
             last = i == len(micros) - 1
             self.engine.accumulate(replace(micro, ctx=ctx), last=last, spoil=spoil)
-        lr = self.setup.optimizer.lr * self.setup.schedule.ratio(self.step)
+        ratio = self.setup.schedule.ratio(self.step)
+        lr = self.setup.optimizer.lr * ratio
         self.step += 1
         self.stop.install()
         stop = self.stop.requested is not None
-        self.pending.append((self.step, lr, self.engine.update(lr, stop=stop)))
+        self.pending.append((self.step, lr, self.engine.update(ratio, stop=stop)))
         self.faults.after(self.step, self.engine.module)
         self.read_results(behind=self.behind)
 

@@ -4,6 +4,9 @@ No decay: norms, biases and everything else with fewer than two dimensions; what
 no_weight_decay; and the embeddings, unless decay_embeddings. Loshchilov and Hutter 2019,
 arXiv:1711.05101. The kernel is torch's fused one, on CUDA and on the CPU: besides speed it takes
 the clipping factor and the skip flag as tensors, so that a step needs no host synchronisation.
+
+What the engine needs of any optimizer: groups with the keys of Group.options(); grad_scale and
+found_inf, set before each step, which divide the gradients and, when 1, stop every change.
 """
 
 from __future__ import annotations
@@ -11,10 +14,100 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # Attributes of a language model that hold lookup tables.
 EMBEDDINGS = ("embedding", "position")
+# State that AdamW keeps of every element.
+ADAMW_STATE = ("exp_avg", "exp_avg_sq")
+# Name -> parameter.
+Members = dict[str, nn.Parameter]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Parameters that are updated alike. lr: at the schedule's peak; state: what is kept of every
+    element, by the names that it has in optimizer.state and in checkpoints."""
+
+    name: str
+    members: Members
+    lr: float
+    weight_decay: float
+    state: tuple[str, ...] = ADAMW_STATE
+
+    def options(self) -> dict:
+        """The group as torch wants it. names: of the parameters, in order."""
+        return {
+            "params": list(self.members.values()),
+            "names": list(self.members),
+            "name": self.name,
+            "lr": self.lr,
+            "initial_lr": self.lr,
+            "weight_decay": self.weight_decay,
+            "state": self.state,
+        }
+
+    def describe(self, *, lr: bool) -> str:
+        """Decay, tensors and parameters; lr: too."""
+        rate = f"lr {self.lr:<8g}" if lr else ""
+        count = sum(parameter.numel() for parameter in self.members.values())
+        row = f"  {self.name:<9}{rate}weight decay {self.weight_decay:<5g} "
+        return f"{row}{len(self.members):>5} tensors {count:>14,} parameters"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerMemory:
+    """Numbers of float32 values. state: kept, without the weights; step: temporary, while it
+    steps."""
+
+    state: int
+    step: int
+
+
+def create_state(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, kinds: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """The state of a tensor, made as torch would at the first step."""
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        for kind in kinds:
+            state[kind] = torch.zeros_like(parameter, requires_grad=False)
+    return state
+
+
+def decay_groups(model: nn.Module, *, decay_embeddings: bool) -> dict[str, Members]:
+    """ "decay" and "no_decay" -> name -> parameter.
+
+    model: a language model, or a module that holds one as `model`.
+    """
+    listed = {
+        f"{path}.{name}" if path else name
+        for path, module in model.named_modules()
+        for name in getattr(module, "no_weight_decay", ())
+    }
+    groups: dict[str, Members] = {"decay": {}, "no_decay": {}}
+    known = dict(model.named_parameters())
+    for name in sorted(listed - known.keys()):
+        raise ValueError(
+            f"{name}: listed in no_weight_decay, but the model has no such parameter; "
+            "fix the list of its module"
+        )
+    for name, parameter in known.items():
+        table = name.removeprefix("model.").split(".")[0] in EMBEDDINGS
+        plain = parameter.ndim >= 2 and name not in listed
+        plain = plain and (decay_embeddings or not table)
+        groups["decay" if plain else "no_decay"][name] = parameter
+    return groups
+
+
+def check_limits(knobs: object, limits: dict[str, tuple[float, float | None]]) -> None:
+    """ValueError for a knob below its least value, or not below its bound. None: no bound."""
+    for name, (low, high) in limits.items():
+        value = getattr(knobs, name)
+        if value < low or (high is not None and value >= high):
+            expected = f"at least {low}" + ("" if high is None else f" and below {high}")
+            raise ValueError(f"{name}: got {value}, expected {expected}; fix optimizer.{name}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,55 +123,35 @@ class AdamW:
 
     def __post_init__(self) -> None:
         limits = {"lr": (0, None), "eps": (0, None), "weight_decay": (0, None)}
-        limits |= {"beta1": (0, 1), "beta2": (0, 1)}
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            if value < low or (high is not None and value >= high):
-                expected = f"at least {low}" + ("" if high is None else f" and below {high}")
-                raise ValueError(f"{name}: got {value}, expected {expected}; fix optimizer.{name}")
+        check_limits(self, limits | {"beta1": (0, 1), "beta2": (0, 1)})
 
-    def groups(self, model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-        """ "decay" and "no_decay" -> name -> parameter.
+    def check_stage(self, stage: int) -> None:
+        """Every ZeRO stage will do: it updates each element by itself."""
 
-        model: a language model, or a module that holds one as `model`.
-        """
-        listed = {
-            f"{path}.{name}" if path else name
-            for path, module in model.named_modules()
-            for name in getattr(module, "no_weight_decay", ())
-        }
-        groups: dict[str, dict[str, nn.Parameter]] = {"decay": {}, "no_decay": {}}
-        known = dict(model.named_parameters())
-        for name in sorted(listed - known.keys()):
-            raise ValueError(
-                f"{name}: listed in no_weight_decay, but the model has no such parameter; "
-                "fix the list of its module"
-            )
-        for name, parameter in known.items():
-            table = name.removeprefix("model.").split(".")[0] in EMBEDDINGS
-            plain = parameter.ndim >= 2 and name not in listed
-            plain = plain and (self.decay_embeddings or not table)
-            groups["decay" if plain else "no_decay"][name] = parameter
-        return groups
+    def groups(self, model: nn.Module) -> dict[str, Members]:
+        """ "decay" and "no_decay" -> name -> parameter."""
+        return decay_groups(model, decay_embeddings=self.decay_embeddings)
+
+    def all_groups(self, model: nn.Module) -> list[Group]:
+        """The groups with what is used to update them, empty ones too."""
+        decay = {"decay": self.weight_decay, "no_decay": 0.0}
+        return [
+            Group(name=name, members=members, lr=self.lr, weight_decay=decay[name])
+            for name, members in self.groups(model).items()
+        ]
 
     def build(self, model: nn.Module) -> torch.optim.AdamW:
         """The optimizer over the model's parameters."""
-        decay = {"decay": self.weight_decay, "no_decay": 0.0}
-        groups = [
-            {"params": list(members.values()), "weight_decay": decay[name]}
-            for name, members in self.groups(model).items()
-            if members
-        ]
+        groups = [group.options() for group in self.all_groups(model) if group.members]
         return torch.optim.AdamW(
             groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True
         )
 
     def describe(self, model: nn.Module) -> str:
         """One line per group: its decay, tensors and parameters."""
-        lines = []
-        for name, members in self.groups(model).items():
-            decay = self.weight_decay if name == "decay" else 0.0
-            count = sum(parameter.numel() for parameter in members.values())
-            row = f"  {name:<9}weight decay {decay:<5g} {len(members):>5} tensors"
-            lines.append(f"{row} {count:>14,} parameters")
-        return "\n".join(lines)
+        return "\n".join(group.describe(lr=False) for group in self.all_groups(model))
+
+    def memory(self, model: nn.Module) -> OptimizerMemory:
+        """What it keeps of the whole model."""
+        count = sum(parameter.numel() for parameter in model.parameters())
+        return OptimizerMemory(state=2 * count, step=0)

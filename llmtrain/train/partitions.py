@@ -12,51 +12,78 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-# What is kept of every parameter: the weight and AdamW's two moments.
-KINDS = ("param", "exp_avg", "exp_avg_sq")
+from llmtrain.train.optimizer import create_state
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fragment:
-    """A slice of a flattened parameter. views: kind -> 1-D float32 view of the live tensor."""
+    """A slice of a flattened parameter. views: kind -> 1-D float32 view of the live tensor; "param"
+    is the weight, the others are what its optimizer keeps of it."""
 
     name: str
     offset: int
     views: dict[str, Tensor]
 
 
-def create_state(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[str, Tensor]:
-    """The AdamW state of a tensor, made as torch would at the first step."""
-    state = optimizer.state[parameter]
-    if not state:
-        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-        state["exp_avg"] = torch.zeros_like(parameter, requires_grad=False)
-        state["exp_avg_sq"] = torch.zeros_like(parameter, requires_grad=False)
-    return state
+def group_states(optimizer: torch.optim.Optimizer) -> list[dict[str, Tensor]]:
+    """The state of every tensor that the optimizer steps, group by group, made where missing."""
+    return [
+        create_state(optimizer, tensor, group["state"])
+        for group in optimizer.param_groups
+        for tensor in group["params"]
+    ]
+
+
+def slices(
+    optimizer: torch.optim.Optimizer, group: int, tensor: Tensor, start: int, numel: int
+) -> dict[str, Tensor]:
+    """The views of a Fragment: elements of a tensor of that group, and of its state."""
+    state = optimizer.state[tensor]
+    kept = {kind: state[kind] for kind in optimizer.param_groups[group]["state"]}
+    tensors = {"param": tensor.data, **kept}
+    return {kind: t.view(-1).narrow(0, start, numel) for kind, t in tensors.items()}
+
+
+def cut(pieces: list[Tensor], start: int, numel: int) -> Tensor:
+    """Elements of the tensors laid end to end, copied."""
+    found, at = [], 0
+    for piece in pieces:
+        low, high = max(start, at), min(start + numel, at + piece.numel())
+        if low < high:
+            found.append(piece.reshape(-1)[low - at : high - at])
+        at += piece.numel()
+    return torch.cat(found)
 
 
 class Replicated:
     """Stage 0: plain parameters, equal on every rank. Rank r writes slice r of each."""
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.AdamW, rank: int, size: int):
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, rank: int, size: int):
         self.names = {p: name for name, p in module.named_parameters()}
+        self.parameters = {name: p for p, name in self.names.items()}
         self.optimizer, self.rank, self.size = optimizer, rank, size
-        self.states = [create_state(optimizer, p) for p in self.names]
+        self.states = group_states(optimizer)
+        groups = enumerate(optimizer.param_groups)
+        self.group_of = {p: i for i, group in groups for p in group["params"]}
 
     def gradients(self) -> list[Tensor]:
         """The step's gradients; rank 0 counts them, since all ranks have the same."""
         for parameter in self.names:
-            if parameter.grad is None:  # AdamW would leave it out; at other stages it is zero
+            if parameter.grad is None:  # it would be left out; at other stages it is zero
                 parameter.grad = torch.zeros_like(parameter)
         grads = [p.grad for p in self.names]
         return grads if self.rank == 0 else [grads[0].new_zeros(1)]
 
+    def gradient(self, fragment: Fragment) -> Tensor:
+        """The step's gradient of a fragment, after gradients()."""
+        grad = self.parameters[fragment.name].grad.reshape(-1)
+        return grad.narrow(0, fragment.offset, fragment.views["param"].numel())
+
     def to_load(self) -> list[Fragment]:
         fragments = []
         for parameter, name in self.names.items():
-            state = self.optimizer.state[parameter]
-            tensors = (parameter.data, state["exp_avg"], state["exp_avg_sq"])
-            views = {kind: tensor.view(-1) for kind, tensor in zip(KINDS, tensors)}
+            group = self.group_of[parameter]
+            views = slices(self.optimizer, group, parameter, 0, parameter.numel())
             fragments.append(Fragment(name=name, offset=0, views=views))
         return fragments
 
@@ -85,15 +112,21 @@ class FlatPartitions:
 
     def __init__(self, module: nn.Module, zero: object, *, alone: bool):
         self.names = {p: name for name, p in module.named_parameters()}
+        self.parameters = {name: p for p, name in self.names.items()}
         self.zero, self.alone = zero, alone
-        flats = zero.single_partition_of_fp32_groups
-        self.states = [create_state(zero.optimizer, flat) for flat in flats]
+        self.states = group_states(zero.optimizer)
 
     def gradients(self) -> list[Tensor]:
         """The step's gradients of what this rank owns, summed over ranks."""
         if self.alone:
             self.take_gradients()
         return [grad for group in self.zero.averaged_gradients.values() for grad in group]
+
+    def gradient(self, fragment: Fragment) -> Tensor:
+        """The step's gradient of a fragment, after gradients()."""
+        mapping = self.parameters[fragment.name]._hp_mapping
+        at = mapping.get_hp_fragment_address()
+        return cut(self.zero.averaged_gradients[mapping.param_group_index], at.start, at.numel)
 
     def take_gradients(self) -> None:
         """Hand the parameters' own gradients to DeepSpeed's step, as its reduction would."""
@@ -117,11 +150,10 @@ class FlatPartitions:
             mapping = parameter._hp_mapping
             if mapping is None:  # no part of it is in this rank's partition
                 continue
-            flat = self.zero.single_partition_of_fp32_groups[mapping.param_group_index]
-            state = self.zero.optimizer.state[flat]
+            group = mapping.param_group_index
+            flat = self.zero.single_partition_of_fp32_groups[group]
             at = mapping.get_hp_fragment_address()
-            tensors = (flat.data, state["exp_avg"], state["exp_avg_sq"])
-            views = {kind: t.narrow(0, at.start, at.numel) for kind, t in zip(KINDS, tensors)}
+            views = slices(self.zero.optimizer, group, flat, at.start, at.numel)
             offset = mapping.lp_fragment_address.start
             fragments.append(Fragment(name=name, offset=offset, views=views))
         return fragments
@@ -140,13 +172,23 @@ class WeightPartitions:
 
     def __init__(self, module: nn.Module, zero: object, rank: int):
         self.names = {p: name for name, p in module.named_parameters()}
+        self.parameters = {name: p for p, name in self.names.items()}
         self.zero, self.rank = zero, rank
+        # DeepSpeed puts its flat tensors into the groups only while it steps them.
+        self.kinds = [group["state"] for group in zero.optimizer.param_groups]
         flats = zero.fp32_partitioned_groups_flat
-        self.states = [create_state(zero.optimizer, flat) for flat in flats]
+        pairs = zip(flats, self.kinds, strict=True)
+        self.states = [create_state(zero.optimizer, flat, kinds) for flat, kinds in pairs]
 
     def gradients(self) -> list[Tensor]:
         """The step's gradients of what this rank owns, summed over ranks; padding is zero."""
         return [grad for group in self.zero.averaged_gradients.values() for grad in group]
+
+    def gradient(self, fragment: Fragment) -> Tensor:
+        """The step's gradient of a fragment, after gradients()."""
+        identity = self.zero.get_param_id(self.parameters[fragment.name])
+        group, start, _ = self.zero.grad_position[identity]
+        return cut(self.zero.averaged_gradients[group], start, fragment.views["param"].numel())
 
     def to_load(self) -> list[Fragment]:
         fragments = []
@@ -157,9 +199,7 @@ class WeightPartitions:
             if valid <= 0:
                 continue
             flat = self.zero.fp32_partitioned_groups_flat[group]
-            state = self.zero.optimizer.state[flat]
-            tensors = (flat.data, state["exp_avg"], state["exp_avg_sq"])
-            views = {kind: t.narrow(0, start, valid) for kind, t in zip(KINDS, tensors)}
+            views = slices(self.zero.optimizer, group, flat, start, valid)
             fragments.append(Fragment(name=name, offset=offset, views=views))
         return fragments
 

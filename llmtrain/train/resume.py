@@ -40,6 +40,7 @@ MAY_CHANGE = (
     "train.max_skipped",
     "train.deterministic",
     "guard.*",
+    "health.*",
     "schedule.*",
     "deepspeed.*",
     "tracker.*",

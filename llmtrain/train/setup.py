@@ -18,10 +18,12 @@ from llmtrain.train import faults
 from llmtrain.train.batches import choose_micro_batch
 from llmtrain.train.faults import Fault
 from llmtrain.train.module import TrainModule
+from llmtrain.train.muon import Muon
 from llmtrain.train.optimizer import AdamW
 from llmtrain.train.runlog import check_writable
 from llmtrain.train.schedule import Schedule
 from llmtrain.train.tracker import Tracker
+from llmtrain.train.truth import OptimizerCheck
 from llmtrain.train.zero import Zero0
 
 
@@ -35,7 +37,7 @@ class Setup:
     device: torch.device
     plan: Plan
     micro_batch: int
-    optimizer: AdamW
+    optimizer: AdamW | Muon
     schedule: Schedule
     zero: Zero0
     tracker: Tracker
@@ -50,6 +52,8 @@ class Setup:
         """Build all small parts of a configuration. ValueError: what does not fit."""
         knobs, data = config["train"], config["data"]
         zero = build.part(config["deepspeed"], build.label(config, "deepspeed"))
+        optimizer = build.part(config["optimizer"], build.label(config, "optimizer"))
+        optimizer.check_stage(zero.stage)
         one_row = {**config, "train": {**knobs, "micro_batch": 1}}
         micro_batch = choose_micro_batch(
             knobs["micro_batch"], make_plan(one_row, ranks=world.size), zero.stage, device
@@ -69,7 +73,7 @@ class Setup:
             device=device,
             plan=plan,
             micro_batch=micro_batch,
-            optimizer=build.part(config["optimizer"], build.label(config, "optimizer")),
+            optimizer=optimizer,
             schedule=build.part(
                 config["schedule"], build.label(config, "schedule"), total_steps=plan.steps
             ),
@@ -104,6 +108,19 @@ class Setup:
         model.stack.activation_checkpointing = knobs["activation_checkpointing"]
         objective = build.build_objective(self.config)
         return TrainModule(model, objective, self.loader.token_bytes)
+
+    def optimizer_check(self, module: TrainModule) -> OptimizerCheck | None:
+        """The check of the first step's update; module: as build_module() gave it."""
+        knobs = self.config["health"]
+        if not knobs["optimizer_check"]:
+            return None
+        return OptimizerCheck(
+            self.optimizer,
+            module,
+            elements=knobs["optimizer_check_elements"],
+            world=self.world,
+            device=self.device,
+        )
 
     def flops(self) -> float:
         """FLOPs of a training token."""

@@ -116,8 +116,10 @@ class Zero3(Zero0):
         }
 
 
-def deepspeed_config(zero: Zero0, *, micro_batch: int, world_size: int) -> dict:
-    """The whole DeepSpeed configuration.
+def deepspeed_config(
+    zero: Zero0, *, micro_batch: int, world_size: int, own_optimizer: bool = False
+) -> dict:
+    """The whole DeepSpeed configuration. own_optimizer: one that DeepSpeed does not know.
 
     Accumulation steps, clipping, skipping and the learning rate are the engine's; DeepSpeed sees
     one accumulation step per backward pass and is told the boundary.
@@ -138,7 +140,7 @@ def deepspeed_config(zero: Zero0, *, micro_batch: int, world_size: int) -> dict:
         "fp16": {"enabled": False},
         "torch_autocast": {"enabled": False},
         "zero_optimization": zero.section(),
-        "zero_allow_untested_optimizer": False,
+        "zero_allow_untested_optimizer": own_optimizer,
         "zero_force_ds_cpu_optimizer": False,
         "disable_python_gc": False,
         "steps_per_print": None,

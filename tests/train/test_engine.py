@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-from collections import defaultdict
 from pathlib import Path
 from types import ModuleType
 
@@ -28,6 +27,7 @@ def load(name: str) -> ModuleType:
 
 
 tiny = load("tiny")
+whole, equal = load("dumps").whole, load("dumps").equal
 
 
 @pytest.fixture(scope="module")
@@ -47,25 +47,6 @@ def outputs(workers, tmp_path_factory) -> dict[int, Path]:
 
 def summary(outputs: dict[int, Path], ranks: int, stage: str) -> dict:
     return json.loads((outputs[ranks] / f"stage{stage}.json").read_text())
-
-
-def whole(folder: Path, name: str) -> dict[tuple[str, str], Tensor]:
-    """(kind, parameter) -> flattened tensor, put together from the fragments of all ranks."""
-    pieces = defaultdict(list)
-    for file in sorted(folder.glob(f"{name}-rank*.pt")):
-        for kind, parameter, offset, tensor in torch.load(file):
-            pieces[kind, parameter].append((offset, tensor))
-    tensors = {}
-    for key, parts in pieces.items():
-        parts.sort(key=lambda part: part[0])
-        ends = [offset + len(tensor) for offset, tensor in parts]
-        assert [offset for offset, _ in parts] == [0, *ends[:-1]], key  # no gap, no overlap
-        tensors[key] = torch.cat([tensor for _, tensor in parts])
-    return tensors
-
-
-def equal(first: dict, second: dict) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
 @pytest.fixture(scope="module")

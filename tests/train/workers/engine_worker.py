@@ -21,6 +21,7 @@ from llmtrain.distributed import World
 from llmtrain.train import resume
 from llmtrain.train.checkpoint import CheckpointWriter
 from llmtrain.train.engine import Engine
+from llmtrain.train.truth import OptimizerCheck
 from llmtrain.train.zero import Zero0, Zero1, Zero2, Zero3
 
 ROWS, STEPS, SAVE_AT, BAD_STEP, CLIP = 8, 6, 3, 4, 0.4
@@ -44,6 +45,7 @@ STAGES = {
 
 def make(stage: str, world: World, seed: int) -> Engine:
     module, knobs = tiny.build(seed)
+    check = OptimizerCheck(knobs, module, elements=1000, world=world, device=torch.device("cpu"))
     return Engine(
         module,
         knobs.build(module),
@@ -53,6 +55,7 @@ def make(stage: str, world: World, seed: int) -> Engine:
         micro_batch=2,
         step_tokens=ROWS * tiny.TOKENS,
         grad_clip=CLIP,
+        check=check,
     )
 
 
@@ -65,7 +68,7 @@ def run_steps(engine: Engine, steps: range) -> list[dict]:
         engine.module.model.use_sometimes = step % 2 == 0
         for i, micro in enumerate(micros):
             engine.accumulate(micro, last=i == len(micros) - 1)
-        result = engine.update(tiny.KNOBS["lr"] / (step + 1), stop=step == world.rank == 0).read()
+        result = engine.update(1 / (step + 1), stop=step == world.rank == 0).read()
         log.append(
             {
                 "loss": result.loss,

@@ -1,0 +1,73 @@
+"""The optimizers' updates in float64, written for reading: what the truth check compares with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmtrain.train.matrices import Matrix
+from llmtrain.train.muon import Muon
+from llmtrain.train.newton_schulz import COEFFICIENTS, EPS
+from llmtrain.train.optimizer import AdamW
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What the configuration says of a step. ratio: of the schedule; count: optimizer steps with
+    this one; factor: by which the reduced gradients are multiplied."""
+
+    ratio: float
+    count: int
+    factor: float
+
+
+class Reference:
+    """Of tensors in float64; before: "gradient", as it was reduced, and the state."""
+
+    def __init__(self, spec: AdamW | Muon, device: torch.device):
+        self.spec, self.device = spec, device
+
+    def adamw(
+        self, before: dict[str, Tensor], lr: float, step: Step
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Change without decay, and the state after."""
+        spec, gradient = self.spec, before["gradient"] * step.factor
+        mean = spec.beta1 * before["exp_avg"] + (1 - spec.beta1) * gradient
+        square = spec.beta2 * before["exp_avg_sq"] + (1 - spec.beta2) * gradient**2
+        root = (square / (1 - spec.beta2**step.count)).sqrt() + spec.eps
+        change = -lr * mean / (1 - spec.beta1**step.count) / root
+        return change, {"exp_avg": mean, "exp_avg_sq": square}
+
+    def momentum(self, before: dict[str, Tensor], step: Step) -> tuple[Tensor, Tensor]:
+        """The momentum after the step, and what is to be orthogonalised."""
+        mu, gradient = self.spec.momentum, before["gradient"] * step.factor
+        mean = mu * before["momentum"] + (1 - mu) * gradient
+        return mean, mu * mean + (1 - mu) * gradient if self.spec.nesterov else mean
+
+    def orthogonal(self, matrix: Matrix, update: Tensor) -> tuple[Tensor, float]:
+        """The flattened result in float64, and how far the optimizer's dtype is from it."""
+        dtype = self.spec.dtype_on(self.device)
+        x_RC = update.view(matrix.rows, matrix.cols).to(dtype)  # what the iteration is given
+        exact, rough = (iterate(x, self.spec.ns_steps) for x in (x_RC.double(), x_RC))
+        noise = (rough.double() - exact).norm() / exact.norm().clamp(min=1e-300)
+        return exact.reshape(-1), noise.item()
+
+    def scale(self, matrix: Matrix) -> float:
+        if self.spec.lr_scaling == "original":
+            return math.sqrt(max(1.0, matrix.rows / matrix.cols))
+        return 0.2 * math.sqrt(max(matrix.rows, matrix.cols))
+
+
+def iterate(x_RC: Tensor, steps: int) -> Tensor:
+    """Newton-Schulz, written for reading."""
+    a, b, c = COEFFICIENTS
+    tall = x_RC.shape[0] > x_RC.shape[1]
+    x_RC = x_RC.mT if tall else x_RC
+    x_RC = x_RC / x_RC.norm().clamp(min=EPS)
+    for _ in range(steps):
+        gram_RR = x_RC @ x_RC.mT
+        x_RC = a * x_RC + (b * gram_RR + c * gram_RR @ gram_RR) @ x_RC
+    return x_RC.mT if tall else x_RC

@@ -297,6 +297,14 @@ def test_any_stage_and_world_reads_any_checkpoint(outputs, source, stage, wrote,
     close(dumps.whole(outputs[read], f"stage{stage}-continued{key}"), end, 2e-4)
 
 
+@pytest.mark.parametrize("ranks", RANKS)
+def test_flat_slices_taken_for_matrices_end_the_run_on_every_rank(outputs, ranks):
+    for rank in range(ranks):
+        text = (outputs[ranks] / f"flat-rank{rank}.txt").read_text()
+        assert "group 'matrices', model.layers" in text
+        assert "expected" in text
+
+
 def gradients(module: nn.Module, step: int) -> None:
     draw = torch.Generator().manual_seed(step)
     for parameter in module.parameters():

@@ -27,8 +27,8 @@ from llmtrain.train.matrix_homes import Whole
 from llmtrain.train.truth import OptimizerCheck, WrongUpdate
 
 ROWS, STEPS, SAVE_AT, BAD_STEP, CLIP = 12, 5, 2, 3, 0.05
-STAGES = ("0", "1", "1overlap", "2")
-CROSSINGS = (("1", "0"), ("0", "2"), ("2", "1"))
+STAGES = ("0", "1", "2overlap")
+CROSSINGS = (("1", "0"), ("0", "2overlap"), ("2overlap", "1"))
 
 
 def make(stage: str, world: World, seed: int) -> Engine:

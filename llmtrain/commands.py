@@ -63,7 +63,9 @@ def generate(config: dict) -> None:
 
 def plan(config: dict) -> None:
     from llmtrain.plan import describe, make_plan, tokens_per_second
+    from llmtrain.train.branch import settle
 
+    config = settle(config)
     result = make_plan(config, ranks=config["plan"]["ranks"])
     print(describe(result, tokens_per_second(result, config["plan"])))
 

@@ -31,6 +31,7 @@ from llmtrain.train.engine import Engine, Pending, bits_per_byte
 from llmtrain.train.guard import SkipGuard
 from llmtrain.train.meter import Meter, peak_memory
 from llmtrain.train.runlog import LOGGERS, RunLog
+from llmtrain.train.schedule import announce_resume
 from llmtrain.train.setup import Setup
 from llmtrain.train.stopping import StopRequest
 
@@ -140,6 +141,8 @@ class Run:
             tracker=setup.tracker,
         )
         self.log.start(setup.config, self.facts(start), resumed_step=self.step)
+        if start is not None:
+            announce_resume(setup.schedule, setup.optimizer.lr, trainer)
         # Steps whose results the host has not read: it stays one behind a GPU, so as not to wait.
         self.pending: deque[tuple[int, float, Pending]] = deque()
         self.behind = 1 if self.device.type == "cuda" else 0
@@ -251,6 +254,7 @@ class Run:
                 "step": self.step,
                 "optimizer_steps": self.engine.optimizer_steps(),
                 "skipped": self.guard.skipped,
+                "lr_ratio": self.setup.schedule.ratio(self.step - 1) if self.step else None,
                 "tokens": self.step * self.step_tokens,
                 "next_sample": self.step * self.rows,
                 "data_fingerprint": self.setup.loader.fingerprint,

@@ -16,6 +16,7 @@ from llmtrain.distributed import World
 from llmtrain.plan import Plan, describe, make_plan
 from llmtrain.train import faults
 from llmtrain.train.batches import choose_micro_batch
+from llmtrain.train.branch import settle
 from llmtrain.train.faults import Fault
 from llmtrain.train.module import TrainModule
 from llmtrain.train.muon import Muon
@@ -50,6 +51,7 @@ class Setup:
     @classmethod
     def check(cls, config: dict, world: World, device: torch.device) -> Setup:
         """Build all small parts of a configuration. ValueError: what does not fit."""
+        config = settle(config)
         knobs, data = config["train"], config["data"]
         zero = build.part(config["deepspeed"], build.label(config, "deepspeed"))
         optimizer = build.part(config["optimizer"], build.label(config, "optimizer"))

@@ -35,12 +35,19 @@ class Train:
     save_every: int
     keep: int
     resume: str
-    max_skipped: int
     deterministic: bool
 
 
 @dataclass(frozen=True, kw_only=True)
 class Guard:
+    window: int
+    warmup_steps: int
+    loss_spike: float | None
+    norm_spike: float | None
+    max_skipped: int
+    rollback_after: int | None
+    rollback_window: int
+    max_rollbacks: int
     inject: list[str]
 
 

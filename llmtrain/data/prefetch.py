@@ -11,6 +11,9 @@ from typing import Protocol
 import torch
 
 from llmtrain.data.batch import Batch, MicroBatch
+from llmtrain.data.skips import DataSteps
+
+EVERY = DataSteps()
 
 
 class Rows(Protocol):
@@ -24,11 +27,11 @@ class Rows(Protocol):
 class Prefetcher:
     """Iterator over optimizer steps; each item is the list of this rank's micro-batches.
 
-    Step s of global_rows = G rows: rank r of W takes the samples [s*G + r*G/W, s*G + (r+1)*G/W),
-    micro_rows at a time. Ends before stop_step (never, if None). `depth` steps are prepared ahead.
-    An error of the thread is raised by the step that it belongs to. Use as a context manager, or
-    call close(). For CUDA the thread pins the tensors; the copies do not block and run on the
-    stream of whoever asks for the step.
+    A step that reads data step d of global_rows = G rows: rank r of W takes the samples
+    [d*G + r*G/W, d*G + (r+1)*G/W), micro_rows at a time. Ends before stop_step (never, if None).
+    `depth` steps are prepared ahead. An error of the thread is raised by the step that it belongs
+    to. Use as a context manager, or call close(). For CUDA the thread pins the tensors; the copies
+    do not block and run on the stream of whoever asks for the step.
 
     waited_seconds: how long the last step was waited for.
     """
@@ -44,6 +47,7 @@ class Prefetcher:
         micro_rows: int,
         mask_documents: bool,
         device: torch.device | str,
+        data: DataSteps = EVERY,
         stop_step: int | None = None,
         depth: int = 2,
     ):
@@ -55,6 +59,7 @@ class Prefetcher:
         self.micro_rows = micro_rows
         self.mask_documents = mask_documents
         self.device = torch.device(device)
+        self.data = data
         self.stop_step = stop_step
         self.waited_seconds = 0.0
         self._next_step = start_step
@@ -88,7 +93,7 @@ class Prefetcher:
 
     def step(self, step: int) -> list[MicroBatch]:
         """The micro-batches of one step, on the host (pinned for CUDA)."""
-        first = step * self.global_rows + self.rank * self.rank_rows
+        first = self.data.at(step) * self.global_rows + self.rank * self.rank_rows
         micro_batches = []
         for start in range(first, first + self.rank_rows, self.micro_rows):
             batch = self.loader.batch(start, self.micro_rows)

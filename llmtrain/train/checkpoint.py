@@ -101,6 +101,7 @@ class CheckpointWriter:
         self.vocab_size, self.parameters = vocab_size, parameters
         self.corpus_files = corpus_files
         self.folder = run_dir / "checkpoints"
+        self.suspect: int | None = None
 
     def save(
         self, step: int, fragments: list[Fragment], generators: dict[str, Tensor], trainer: dict
@@ -195,7 +196,12 @@ class CheckpointWriter:
         self.delete_old(step)
 
     def delete_old(self, step: int) -> None:
-        """Delete all but the `keep` newest up to the one just written, which is good."""
-        written = [path for at, path in list_checkpoints(self.run_dir) if at <= step]
-        for path in written[: -self.keep]:
-            shutil.rmtree(path)
+        """Delete all but the `keep` newest up to the one just written, which is good.
+
+        What the run would go back to if steps from `suspect` on had to be undone stays too.
+        """
+        written = [(at, path) for at, path in list_checkpoints(self.run_dir) if at <= step]
+        sound = [path for at, path in written if self.suspect is not None and at < self.suspect]
+        for _, path in written[: -self.keep]:
+            if path not in sound[-1:]:
+                shutil.rmtree(path)

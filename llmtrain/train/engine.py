@@ -5,7 +5,8 @@ What DeepSpeed does: divide state among ranks and sum gradients over them. What 
     loss        sum over all tokens of the step / their number, over ranks and micro-batches
     norm        of that loss's gradient over all parameters, before clipping
     clipping    g * min(1, grad_clip / (norm + 1e-6))
-    skipping    a step whose loss or norm is not finite changes nothing, on every rank alike
+    skipping    a step whose loss or norm is not finite, or above the limits that it was given,
+                changes nothing, on every rank alike
 
 One small all-reduce a step carries the sums, the norm, the stop request and what channels sum over
 the step. Its results stay on the device: clipping factor and skip flag go into the optimizer's
@@ -28,6 +29,15 @@ from torch import Tensor
 from llmtrain.data.batch import MicroBatch
 from llmtrain.distributed import BACKENDS, TIMEOUT, World
 from llmtrain.train.faults import UNSPOILED, Spoil
+from llmtrain.train.guard import (
+    APPLIED,
+    GRADIENT_NOT_FINITE,
+    LOSS_NOT_FINITE,
+    LOSS_SPIKE,
+    NO_LIMITS,
+    NORM_SPIKE,
+    Limits,
+)
 from llmtrain.train.module import SUMS, TrainModule
 from llmtrain.train.muon import OrthogonalMomentum
 from llmtrain.train.partitions import FlatPartitions, Fragment, Replicated, WeightPartitions
@@ -41,7 +51,7 @@ class StepResult:
     """What a step did, over all ranks.
 
     loss, ce: nats per token (loss with its auxiliary terms); grad_norm: before clipping;
-    tokens, text_bytes: of the targets that counted; applied: False when it was skipped.
+    tokens, text_bytes: of the targets that counted; code: APPLIED, or why it was skipped.
     """
 
     loss: float
@@ -49,9 +59,13 @@ class StepResult:
     grad_norm: float
     tokens: float
     text_bytes: float
-    applied: bool
+    code: int
     stop: bool
     aux: dict[str, float]
+
+    @property
+    def applied(self) -> bool:
+        return self.code == APPLIED
 
     @property
     def bits_per_byte(self) -> float:
@@ -79,7 +93,7 @@ class Pending:
         """Wait for the device and give the result."""
         if self.event is not None:
             self.event.synchronize()
-        loss, ce, tokens, text_bytes, norm, applied, stop, *aux = self.host.tolist()
+        loss, ce, tokens, text_bytes, norm, code, stop, *aux = self.host.tolist()
         tokens = max(tokens, 1e-30)
         return StepResult(
             loss=loss / tokens,
@@ -87,10 +101,18 @@ class Pending:
             grad_norm=norm,
             tokens=tokens,
             text_bytes=text_bytes,
-            applied=bool(applied),
+            code=int(code),
             stop=bool(stop),
             aux=dict(zip(self.aux_names, aux, strict=True)),
         )
+
+
+def verdict(loss: Tensor, mean: Tensor, norm: Tensor, limits: Limits) -> Tensor:
+    """What a step comes to, a code of guard.py as a float: of several reasons the lowest."""
+    code = torch.where(norm > limits.grad_norm, NORM_SPIKE, APPLIED)
+    code = torch.where(mean > limits.loss, LOSS_SPIKE, code)
+    code = torch.where(norm.isfinite(), code, GRADIENT_NOT_FINITE)
+    return torch.where(loss.isfinite(), code, LOSS_NOT_FINITE).to(norm.dtype)
 
 
 def load_deepspeed(device: torch.device) -> ModuleType:
@@ -189,9 +211,10 @@ class Engine:
         self.micro_steps += 1
 
     @torch.no_grad()
-    def update(self, ratio: float, *, stop: bool = False) -> Pending:
+    def update(self, ratio: float, *, stop: bool = False, limits: Limits = NO_LIMITS) -> Pending:
         """The optimizer step. ratio: of every group's lr to its own peak; stop: this rank was asked
-        to stop; any rank's request counts."""
+        to stop, any rank's request counts; limits: above which the step is skipped, the same on all
+        ranks."""
         names = sorted(self.aux)
         passes = self.micro_steps * self.world.size
         means = [self.aux[name] / passes for name in names]
@@ -205,35 +228,36 @@ class Engine:
         loss, tokens, square = totals[0], totals[SUMS.index("weight")], totals[len(SUMS)]
         correction = self.step_tokens / tokens
         norm = square.sqrt() * correction
-        finite = norm.isfinite() & loss.isfinite()
+        code = verdict(loss, loss / tokens, norm, limits)
+        applied = code == APPLIED
         scale = torch.ones_like(norm)
         if self.grad_clip is not None:
             scale = ((norm + 1e-6) / self.grad_clip).clamp(min=1.0)
         # Read by the optimizer, as by torch's fused kernel: gradients are divided by grad_scale,
         # and nothing is updated, the step count included, when found_inf is 1.
         self.optimizer.grad_scale = (scale / correction).to(torch.float32)
-        self.optimizer.found_inf = (~finite).to(torch.float32)
+        self.optimizer.found_inf = (~applied).to(torch.float32)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * ratio
         if self.check is not None:
             self.check.before(self.parts.to_save(), self.parts.gradient)
         self.engine.step()
-        if self.check is not None and finite:
+        if self.check is not None and applied:
             factor = correction / scale
             self.check.after(Step(ratio=ratio, count=self.steps_before + 1, factor=factor.item()))
             self.check = None
         self.parts.stepped()
         head, tail = totals[: len(SUMS)], totals[len(SUMS) + 1 :]
-        metrics = self.after_step(channel_sums, finite)
+        metrics = self.after_step(channel_sums, applied)
         values = [value.to(norm.dtype).reshape(1) for value in metrics.values()]
-        result = torch.cat([head, torch.stack([norm, finite.to(norm.dtype)]), tail, *values])
+        result = torch.cat([head, torch.stack([norm, code]), tail, *values])
         self.begin_step()
         return Pending(result, [*names, *metrics])
 
-    def after_step(self, totals: list[Tensor], finite: Tensor) -> dict[str, Tensor]:
+    def after_step(self, totals: list[Tensor], applied: Tensor) -> dict[str, Tensor]:
         """Hand channels what they summed over the step, zeros if it was skipped; their metrics."""
         sums = {
-            name: torch.where(finite, total, 0).view_as(self.channel_sums[name])
+            name: torch.where(applied, total, 0).view_as(self.channel_sums[name])
             for name, total in zip(sorted(self.channel_sums), totals, strict=True)
         }
         return self.module.after_step(sums)

@@ -2,8 +2,9 @@
 
     check everything -> join the ranks -> resume or start -> steps -> last checkpoint -> summary
 
-Step s = 1 .. N takes the samples (s-1) G .. s G - 1 of the data order (G rows a step) and index
-s - 1 of the schedule; both are pure functions of s, so a resumed run continues where it left.
+Step s = 1 .. N takes index s - 1 of the schedule and the samples d G .. (d+1) G - 1 of the data
+order (G rows a step; d = s - 1, or further on if data was passed over); both are pure functions of
+s and of the data passed over, so a resumed run continues where it left.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from llmtrain_data.manifest import TOKEN_BYTES_FILE, TOKENIZER_FILE
@@ -24,12 +26,14 @@ from llmtrain_data.manifest import TOKEN_BYTES_FILE, TOKENIZER_FILE
 from llmtrain import distributed
 from llmtrain.data.prefetch import Prefetcher
 from llmtrain.model.init import keyed_seed
-from llmtrain.train import faults, resume
+from llmtrain.train import faults, resume, rollback
 from llmtrain.train.batches import HeldOut
 from llmtrain.train.checkpoint import CheckpointWriter
 from llmtrain.train.engine import Engine, Pending, bits_per_byte
-from llmtrain.train.guard import SkipGuard
+from llmtrain.train.guard import Guard, Limits
 from llmtrain.train.meter import Meter, peak_memory
+from llmtrain.train.module import TrainModule
+from llmtrain.train.rollback import Course
 from llmtrain.train.runlog import LOGGERS, RunLog
 from llmtrain.train.schedule import announce_resume
 from llmtrain.train.setup import Setup
@@ -75,18 +79,14 @@ class Run:
         self.knobs = setup.config["train"]
         self.rows = setup.plan.rows
         self.step_tokens = self.rows * setup.plan.seq_len
-        start = resume.choose(self.knobs["resume"], setup.run_dir, self.world)
-        trainer = {"step": 0, "skipped": 0}
+        self.start = start = resume.choose(self.knobs["resume"], setup.run_dir, self.world)
         if start is not None:
             trainer = resume.read_trainer(start)
             resume.check_config(start, setup.config)
             resume.check_corpus(start, trainer, setup.loader.fingerprint)
-        self.step = self.saved_step = self.first_step = trainer["step"]
-        self.guard = SkipGuard(self.knobs["max_skipped"], trainer["skipped"])
         self.faults = faults.Faults(setup.faults, rank=self.world.rank, run_dir=setup.run_dir)
 
-        torch.manual_seed(keyed_seed(setup.config["seed"], f"rank {self.world.rank}"))
-        module = setup.build_module()
+        module = self.build_module()
         optimizer = setup.optimizer.build(module)
         check = setup.optimizer_check(module)
         if self.knobs["compile"] == "blocks":
@@ -104,8 +104,16 @@ class Run:
             grad_clip=self.knobs["grad_clip"],
             check=check,
         )
-        if start is not None:
-            resume.restore(start, self.engine, trainer)
+        self.meter = Meter(
+            step_tokens=self.step_tokens,
+            flops=setup.flops(),
+            device=self.device,
+            devices=self.world.size,
+        )
+        self.generators = resume.generators(self.device)  # as they are before the first step
+        self.load(start, fresh=True)
+        self.saved_step = self.first_step = self.step
+        self.course = self.known_course()
         self.writer = CheckpointWriter(
             setup.run_dir,
             self.world,
@@ -115,14 +123,6 @@ class Run:
             parameters=self.engine.shapes,
             corpus_files={name: setup.corpus / name for name in (TOKENIZER_FILE, TOKEN_BYTES_FILE)},
         )
-        self.meter = Meter(
-            step_tokens=self.step_tokens,
-            flops=setup.flops(),
-            device=self.device,
-            devices=self.world.size,
-        )
-        if "interval" in trainer:
-            self.meter.restore(trainer["interval"])
         self.held_out = None
         if setup.held_out is not None:
             self.held_out = HeldOut(
@@ -140,18 +140,70 @@ class Run:
             total_steps=setup.plan.steps,
             tracker=setup.tracker,
         )
-        self.log.start(setup.config, self.facts(start), resumed_step=self.step)
+        self.log.start(
+            setup.config, self.facts(start), resumed_step=self.step, course=self.course.number
+        )
         if start is not None:
             announce_resume(setup.schedule, setup.optimizer.lr, trainer)
         # Steps whose results the host has not read: it stays one behind a GPU, so as not to wait.
-        self.pending: deque[tuple[int, float, Pending]] = deque()
+        self.pending: deque[tuple[int, float, Limits, Pending]] = deque()
         self.behind = 1 if self.device.type == "cuda" else 0
         self.stopping = False
         self.validated: dict[str, float] = {}
 
+    def build_module(self) -> TrainModule:
+        """The module as it is before the first step, on the host."""
+        torch.manual_seed(keyed_seed(self.setup.config["seed"], f"rank {self.world.rank}"))
+        return self.setup.build_module()
+
+    def load(self, path: Path | None, *, fresh: bool = False) -> None:
+        """Everything as after the step of a checkpoint; None: as before the first step.
+
+        fresh: it is so before the first step already.
+        """
+        self.guard = Guard(self.setup.guard)
+        self.meter.clear()
+        self.step = 0
+        if path is None:
+            if not fresh:
+                resume.reset(self.engine, self.build_module())
+                resume.set_generators(self.generators, self.device)
+            return
+        trainer = resume.read_trainer(path)
+        resume.set_generators(self.generators, self.device)
+        resume.restore(path, self.engine, trainer)
+        self.step = trainer["step"]
+        if "guard" in trainer:
+            self.guard.load(trainer["guard"])
+        if "interval" in trainer:
+            self.meter.restore(trainer["interval"])
+
+    def known_course(self) -> Course:
+        """The course to continue: the checkpoint's, and what the ledger adds to it."""
+        course = Course() if self.start is None else Course.of(resume.read_trainer(self.start))
+        if self.world.rank == 0:
+            stream = self.setup.loader.stream_hash
+            course = course.known_to(self.setup.run_dir, self.step, stream=stream, rows=self.rows)
+        return distributed.broadcast_object(course, self.world)
+
     def train(self) -> dict:
         """All steps, or those until a signal; then the last checkpoint. Returns the summary."""
-        with Prefetcher(
+        while self.guard.stretch or (self.step < self.setup.plan.steps and not self.stopping):
+            if self.guard.stretch:
+                self.roll_back()
+            with self.batches() as batches:
+                self.steps(batches)
+            self.read_results(behind=0)
+        if self.stopping:
+            self.log.say(f"stopped on request at step {self.step}; the same command continues")
+        elif self.validated.get("step") != self.step:
+            self.validate()
+        self.save()
+        return self.summarise()
+
+    def batches(self) -> Prefetcher:
+        """This rank's micro-batches of the coming steps."""
+        return Prefetcher(
             self.setup.loader,
             start_step=self.step,
             stop_step=self.setup.plan.steps,
@@ -160,33 +212,66 @@ class Run:
             world=self.world.size,
             micro_rows=self.setup.micro_batch,
             mask_documents=self.knobs["mask_documents"],
+            data=self.course.data,
             device=self.device,
-        ) as batches:
-            while self.step < self.setup.plan.steps and not self.stopping:
-                self.one_step(batches)
-                if self.step == self.first_step + 1:
-                    gc.collect()
-                    gc.freeze()  # what lives now lives to the end: later collections are short
-                if self.step % self.knobs["val_every"] == 0 and not self.stopping:
-                    self.validate()
-                if self.step % self.knobs["save_every"] == 0:
-                    self.save()
-        self.read_results(behind=0)
-        if self.stopping:
-            self.log.say(f"stopped on request at step {self.step}; the same command continues")
-        elif self.validated.get("step") != self.step:
-            self.validate()
-        self.save()
-        return self.summarise()
+        )
+
+    def steps(self, batches: Prefetcher) -> None:
+        """Steps, validations and checkpoints to the end, a stop, or the need to go back."""
+        while self.step < self.setup.plan.steps and not self.stopping:
+            self.one_step(batches)
+            if self.step == self.first_step + 1:
+                gc.collect()
+                gc.freeze()  # what lives now lives to the end: later collections are short
+            validates = self.step % self.knobs["val_every"] == 0
+            saves = self.step % self.knobs["save_every"] == 0
+            if validates or saves:
+                self.read_results(behind=0)  # may find that the run must go back
+            if self.guard.stretch:
+                return
+            if validates and not self.stopping:
+                self.validate()
+            if saves:
+                self.save()
+
+    def roll_back(self) -> None:
+        """Go back to before the first of the recent skips, and past the data read since then."""
+        skips, left = self.guard.stretch, self.step
+        limit, run_dir = self.setup.guard.max_rollbacks, self.setup.run_dir
+        if self.course.number >= limit:
+            raise rollback.exhausted(run_dir, limit, skips)
+        began = time.perf_counter()
+        path = rollback.choose(run_dir, skips[0].step, self.start, self.world)
+        data = self.course.data
+        first, end = data.at(skips[0].step - 1), data.at(skips[-1].step - 1) + 1
+        self.load(path)
+        self.saved_step = self.step
+        self.course = self.course.next(first, end)
+        self.validated = {}
+        self.log.rewind(self.step, self.course.number)
+        event = {
+            "from_step": left,
+            "to_step": self.step,
+            "data_steps": [first, end],
+            "samples": [first * self.rows, end * self.rows],
+            "reason": rollback.reason(skips),
+            "checkpoint": None if path is None else str(path),
+            "data_stream": self.setup.loader.stream_hash,
+            "seconds": time.perf_counter() - began,
+        }
+        self.log.event(left, "rollback", event)
+        if self.world.rank == 0:
+            resume.set_later_aside(run_dir, self.step)
 
     def one_step(self, batches: Prefetcher) -> None:
         """Forward and backward of this rank's micro-batches, and the update."""
         micros = next(batches)
         self.meter.waited += batches.waited_seconds
-        for text in self.faults.starting(self.step + 1, self.step):
+        data_step = self.course.data.at(self.step)
+        for text in self.faults.starting(self.step + 1, data_step):
             self.log.event(self.step + 1, "fault", {"fault": text})
         self.faults.before(self.step + 1)
-        spoil = self.faults.spoil(self.step)
+        spoil = self.faults.spoil(data_step)
         for i, micro in enumerate(micros):
             ctx = self.engine.module.model.stack.drawn(
                 micro.ctx,
@@ -202,33 +287,44 @@ class Run:
         self.step += 1
         self.stop.install()
         stop = self.stop.requested is not None
-        self.pending.append((self.step, lr, self.engine.update(ratio, stop=stop)))
+        limits = self.guard.limits(self.step)
+        pending = self.engine.update(ratio, stop=stop, limits=limits)
+        self.pending.append((self.step, lr, limits, pending))
         self.faults.after(self.step, self.engine.module)
         self.read_results(behind=self.behind)
 
     def read_results(self, *, behind: int) -> None:
-        """Take note of all steps but the last `behind`."""
+        """Take note of all steps but the last `behind`, up to one that sends the run back."""
         while len(self.pending) > behind:
-            step, lr, pending = self.pending.popleft()
+            step, lr, limits, pending = self.pending.popleft()
             result = pending.read()
             self.stopping |= result.stop
+            reason = self.guard.saw(step, result.code, result.loss, result.grad_norm, limits)
+            data_step = self.course.data.at(step - 1)
+            samples = [data_step * self.rows, (data_step + 1) * self.rows]
             self.log.step(
                 step,
                 {
                     "applied": result.applied,
-                    "reason": None if result.applied else "loss or gradient not finite",
+                    "reason": reason,
                     "loss": result.loss,
                     "grad_norm": result.grad_norm,
                     "lr": lr,
                     "tokens": result.tokens,
-                    "samples": [(step - 1) * self.rows, step * self.rows],
+                    "samples": samples,
                 },
             )
-            self.guard.saw(step, result.applied)
+            if reason is not None:
+                self.log.say(f"step {step} skipped: {reason}; samples {samples[0]} .. {samples[1]}")
             self.meter.add(result)
+            if self.guard.stretch:
+                self.pending.clear()  # steps made since then are undone with this one
+                return
+            self.guard.check(step)
             if step % self.knobs["log_every"] == 0 or step == self.setup.plan.steps:
                 values = {"lr": lr, "tokens": step * self.step_tokens, **self.meter.take()}
-                self.log.interval(step, "train", values | {"skipped": self.guard.skipped})
+                values |= self.guard.metrics(limits) | {"guard/rollbacks": self.course.number}
+                self.log.interval(step, "train", values)
 
     def validate(self) -> None:
         """Loss and bits per byte over the held-out rows."""
@@ -256,12 +352,15 @@ class Run:
                 "skipped": self.guard.skipped,
                 "lr_ratio": self.setup.schedule.ratio(self.step - 1) if self.step else None,
                 "tokens": self.step * self.step_tokens,
-                "next_sample": self.step * self.rows,
+                "next_sample": self.course.data.at(self.step) * self.rows,
+                **self.course.to_trainer(),
+                "guard": self.guard.state(),
                 "data_fingerprint": self.setup.loader.fingerprint,
                 "data_stream": self.setup.loader.stream_hash,
                 "interval": self.meter.state(),
             }
             states = resume.generators(self.device)
+            self.writer.suspect = self.guard.suspect
             self.writer.save(self.step, self.engine.fragments(), states, trainer)
         self.saved_step = self.step
 
@@ -295,6 +394,7 @@ class Run:
             "step": self.step,
             "tokens": self.step * self.step_tokens,
             "skipped": self.guard.skipped,
+            "rollbacks": self.course.number,
             "val": self.validated or None,
             "checkpoint": str(self.writer.path(self.step)),
             "ranks": self.world.size,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch import nn
 
 from llmtrain import checkpoint
 from llmtrain.checkpoint import FragmentReader
@@ -37,7 +38,7 @@ MAY_CHANGE = (
     "train.save_every",
     "train.keep",
     "train.resume",
-    "train.max_skipped",
+    "train.max_skipped",  # of older checkpoints; guard.max_skipped now
     "train.deterministic",
     "guard.*",
     "health.*",
@@ -202,7 +203,20 @@ def generators(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_generators(states: dict[str, torch.Tensor | None], device: torch.device) -> None:
-    if states["rng_cpu"] is not None:
+    if states.get("rng_cpu") is not None:
         torch.set_rng_state(states["rng_cpu"])
-    if states["rng_cuda"] is not None and device.type == "cuda":
+    if states.get("rng_cuda") is not None and device.type == "cuda":
         torch.cuda.set_rng_state(states["rng_cuda"], device)
+
+
+def reset(engine: Engine, module: nn.Module) -> None:
+    """As before the first step: the weights and buffers of a freshly built module (on the host)."""
+    fresh = module.state_dict()
+    for fragment in engine.to_load():
+        for kind, view in fragment.views.items():
+            if kind == "param":
+                whole = fresh[fragment.name].reshape(-1)
+                view.copy_(whole[fragment.offset : fragment.offset + view.numel()])
+            else:
+                view.zero_()
+    engine.loaded(0)

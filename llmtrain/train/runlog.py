@@ -3,11 +3,13 @@
     config.yaml      the resolved configuration      starts.jsonl   one line a start: command,
     git.diff         uncommitted changes, if any                    commit, versions, seed, ranks
     metrics.jsonl    one line an interval, kind train or val: the truth that trackers mirror
-    ledger.jsonl     one line an optimizer step: applied or why not, loss, norm, lr, samples
+    ledger.jsonl     one line an optimizer step: applied or why not, loss, norm, lr, samples;
+                     and lines with "event": a rollback, a fault
     run.log          messages: the attention backend chosen and why, warnings
 
-Steps count from 1: "step": 7 was written after the 7th optimizer step. A resumed run cuts both
-logs at the step it resumes from.
+Steps count from 1: "step": 7 was written after the 7th optimizer step. After a rollback the steps
+from there on come again, with a "course" one higher; (step, course) is unique. A resumed run cuts
+both logs at the step of the course that it resumes from.
 """
 
 from __future__ import annotations
@@ -44,19 +46,21 @@ class RunLog:
         self.run_dir, self.writes, self.total_steps = run_dir, writes, total_steps
         self.tracker = tracker
         self.progress: Progress | None = None
+        self.course = 0
 
-    def start(self, config: dict, facts: dict, *, resumed_step: int) -> None:
+    def start(self, config: dict, facts: dict, *, resumed_step: int, course: int = 0) -> None:
         """Cut the logs at resumed_step and note this start. facts: what only the run knows."""
+        self.course, self.config = course, config
         if not self.writes:
             return
         save(config, self.run_dir)
         commit, changes = git_state()
         if changes:
             (self.run_dir / "git.diff").write_text(changes, encoding="utf-8")
-        self.metrics = append_from(self.run_dir / "metrics.jsonl", resumed_step)
-        self.ledger = append_from(self.run_dir / "ledger.jsonl", resumed_step)
-        kept = (self.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        self.written = {(line["step"], line.get("kind")) for line in map(json.loads, kept)}
+        self.metrics = append_from(self.run_dir / "metrics.jsonl", resumed_step, course)
+        self.ledger = append_from(self.run_dir / "ledger.jsonl", resumed_step, course)
+        kept = read_lines(self.run_dir / "metrics.jsonl")
+        self.written = {(line["step"], line.get("course", 0), line.get("kind")) for line in kept}
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "resumed_step": resumed_step,
@@ -88,16 +92,28 @@ class RunLog:
     def step(self, step: int, values: dict) -> None:
         """One line of the ledger."""
         if self.writes:
-            write_line(self.ledger, {"step": step, **values})
+            write_line(self.ledger, {"step": step, "course": self.course, **values})
             if self.progress:
                 self.progress.update(self.bar, completed=step)
 
     def event(self, step: int, event: str, values: dict) -> None:
-        """Something that happened at a step: a line of the ledger, shown on the console too."""
+        """Something that happened at a step: a durable line of the ledger, also on the console."""
         if self.writes:
-            write_line(self.ledger, {"event": event, "step": step, **values})
+            line = {"event": event, "step": step, "course": self.course, **values}
+            write_line(self.ledger, line)
+            os.fsync(self.ledger.fileno())
             shown = ", ".join(f"{name} {value}" for name, value in values.items())
             self.say(f"{event} at step {step}: {shown}")
+
+    def rewind(self, step: int, course: int) -> None:
+        """The steps after this one come again, in a new course."""
+        self.course = course
+        if self.writes:
+            # Trackers take no step twice: a new part begins, as at a resume.
+            self.tracker.close()
+            self.tracker.start(self.run_dir, config=self.config, resumed_step=step)
+            if self.progress:
+                self.progress.update(self.bar, completed=step)
 
     def interval(self, step: int, kind: str, values: dict[str, float]) -> None:
         """One line of metrics.jsonl, mirrored to the tracker and the console.
@@ -106,8 +122,9 @@ class RunLog:
         """
         if not self.writes:
             return
-        if (step, kind) not in self.written:
-            write_line(self.metrics, {"step": step, "kind": kind, **values})
+        if (step, self.course, kind) not in self.written:
+            line = {"step": step, "course": self.course, "kind": kind, **values}
+            write_line(self.metrics, line)
         prefix = "" if kind == "train" else f"{kind}/"
         self.tracker.log(step, {f"{prefix}{name}": value for name, value in values.items()})
         self.say(console_line(step, self.total_steps, kind, values))
@@ -144,18 +161,35 @@ def write_line(file, values: dict) -> None:
     file.flush()
 
 
-def append_from(path: Path, step: int):
-    """Open a log for appending after the lines up to that step; later and cut-off lines go."""
-    kept = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except json.JSONDecodeError:  # written while the machine stopped
-                continue
+def read_lines(path: Path) -> list[dict]:
+    """The lines of a log; one that was written while the machine stopped is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def append_from(path: Path, step: int, course: int):
+    """Open a log for appending after that step of that course.
+
+    What the course did later goes, and all of later courses, which are left; events stay, but for
+    rollbacks that are left.
+    """
+
+    def stays(line: dict) -> bool:
+        at = line.get("course", 0)
+        if "event" in line:
+            return line["event"] != "rollback" or at <= course
+        return at < course or (at == course and line["step"] <= step)
+
+    kept = [line for line in read_lines(path) if stays(line)]
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    temporary.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
     temporary.replace(path)
     return path.open("a", encoding="utf-8")
 
@@ -172,8 +206,12 @@ CONSOLE = {
     "step_seconds": "{:.3f} s/step",
     "data_wait_seconds": "data {:.3f} s",
     "memory_gib": "mem {:.2f} GiB",
-    "skipped": "skipped {:.0f}",
+    "guard/skipped": "skipped {:.0f}",
+    "guard/rollbacks": "rollbacks {:.0f}",
 }
+
+# Shown only when there was any.
+QUIET = ("guard/skipped", "guard/rollbacks", "data_wait_seconds")
 
 
 def console_line(step: int, total: int, kind: str, values: dict[str, float]) -> str:
@@ -181,7 +219,7 @@ def console_line(step: int, total: int, kind: str, values: dict[str, float]) -> 
     parts = [f"{kind} {step}/{total}"]
     for name, pattern in CONSOLE.items():
         value = values.get(name)
-        quiet = name in ("skipped", "data_wait_seconds") and value is not None and value < 1e-3
+        quiet = name in QUIET and value is not None and value < 1e-3
         if value is not None and not quiet:
             parts.append(pattern.format(value))
     return " | ".join(parts)

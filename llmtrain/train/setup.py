@@ -18,6 +18,7 @@ from llmtrain.train import faults
 from llmtrain.train.batches import choose_micro_batch
 from llmtrain.train.branch import settle
 from llmtrain.train.faults import Fault
+from llmtrain.train.guard import Knobs
 from llmtrain.train.module import TrainModule
 from llmtrain.train.muon import Muon
 from llmtrain.train.optimizer import AdamW
@@ -46,13 +47,14 @@ class Setup:
     loader: TokenLoader
     held_out: TokenLoader | None
     backends: dict[str, str]
+    guard: Knobs
     faults: tuple[Fault, ...]
 
     @classmethod
     def check(cls, config: dict, world: World, device: torch.device) -> Setup:
         """Build all small parts of a configuration. ValueError: what does not fit."""
         config = settle(config)
-        knobs, data = config["train"], config["data"]
+        knobs, data, guard = config["train"], config["data"], config["guard"]
         zero = build.part(config["deepspeed"], build.label(config, "deepspeed"))
         optimizer = build.part(config["optimizer"], build.label(config, "optimizer"))
         optimizer.check_stage(zero.stage)
@@ -85,8 +87,9 @@ class Setup:
             loader=loader,
             held_out=TokenLoader.open(corpus, "val", **order) if "val" in splits else None,
             backends=backends,
+            guard=Knobs(**{key: guard[key] for key in guard if key != "inject"}),
             faults=faults.check(
-                config["guard"]["inject"],
+                guard["inject"],
                 ranks=world.size,
                 steps=plan.steps,
                 stage=zero.stage,

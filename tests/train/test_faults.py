@@ -104,6 +104,6 @@ def test_faults_of_ranks(workers, corpus, small, tmp_path):
     ledger = [json.loads(line) for line in lines]
     assert [line["step"] for line in ledger if "event" not in line] == list(range(1, 8))
     assert [line for line in ledger if "event" in line] == [
-        {"event": "fault", "step": 8, "fault": "kill@8:rank1"}
+        {"event": "fault", "step": 8, "course": 0, "fault": "kill@8:rank1"}
     ]
     assert acted(tmp_path / "kill") == {"kill@8:rank1"}

@@ -17,6 +17,7 @@ from llmtrain import checkpoint
 from llmtrain.checkpoint import FragmentReader, load_model
 from llmtrain.data.batch import MicroBatch
 from llmtrain.data.loader import TokenLoader
+from llmtrain.exits import RunFailed
 from llmtrain.objectives.causal import Causal
 from llmtrain.train import resume
 from llmtrain.train.engine import Engine
@@ -92,7 +93,8 @@ def test_run_folder_and_summary(configure, tmp_path, capsys):
         "lr",
         "tokens",
         "tokens_per_second",
-        "skipped",
+        "guard/skipped",
+        "guard/rollbacks",
     }
     expected |= {"memory_gib", "data_wait_seconds", "step_seconds"}
     assert all(expected <= line.keys() for line in metrics if line["kind"] == "train")
@@ -343,11 +345,11 @@ def test_full_disk_keeps_the_checkpoint_before(configure, tmp_path, monkeypatch)
 
 
 def test_too_many_skipped_steps_end_the_run(configure, tmp_path):
-    with pytest.raises(ValueError, match=r"the last 3 steps \(up to step \d+\) were skipped"):
-        train(configure("run", "optimizer.lr=1e30", "train.max_skipped=3", "train.grad_clip=null"))
+    with pytest.raises(RunFailed, match=r"the last 3 steps \(up to step \d+\) were skipped"):
+        train(configure("run", "optimizer.lr=1e30", "guard.max_skipped=3", "train.grad_clip=null"))
     ledger = lines(tmp_path / "run", "ledger")
     assert [line["applied"] for line in ledger[-3:]] == [False] * 3
-    assert ledger[-1]["reason"] == "loss or gradient not finite"
+    assert ledger[-1]["reason"] in ("loss not finite", "gradient not finite")
     assert None in (ledger[-1]["loss"], ledger[-1]["grad_norm"])  # NaN is no JSON
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from llmtrain.train import runlog, tracker
-from llmtrain.train.guard import SkipGuard
 from llmtrain.train.runlog import RunLog, append_from, check_writable, console_line
 from llmtrain.train.stopping import SIGNALS, StopRequest
 from llmtrain.train.tracker import All, Silent, TensorBoard, WandB
@@ -21,18 +20,39 @@ from llmtrain.train.tracker import All, Silent, TensorBoard, WandB
 def test_append_from_keeps_the_lines_up_to_a_step(tmp_path):
     path = tmp_path / "ledger.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
-    with append_from(path, 2) as file:
+    with append_from(path, 2, 0) as file:
         file.write('{"step": 3, "again": true}\n')
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "again": true}\n'
 
 
+def test_append_from_keeps_earlier_courses_and_what_happened(tmp_path):
+    """A rollback from 3 to 1, then one from 4 to 2, each beginning a course; some before courses
+    had numbers."""
+    path = tmp_path / "ledger.jsonl"
+    lines = [
+        {"step": 1},
+        {"step": 3, "course": 0},
+        {"event": "rollback", "step": 3, "course": 1},
+        *({"step": step, "course": 1} for step in (2, 3, 4)),
+        {"event": "fault", "step": 4, "course": 1},
+        {"event": "rollback", "step": 4, "course": 2},
+        {"step": 3, "course": 2},
+    ]
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    for step, course, gone in ((2, 2, [8]), (3, 1, [5, 7, 8]), (9, 0, [2, 3, 4, 5, 7, 8])):
+        path.write_text(text)
+        append_from(path, step, course).close()
+        left = [json.loads(line) for line in path.read_text().splitlines()]
+        assert left == [line for i, line in enumerate(lines) if i not in gone]
+
+
 def test_console_line_leaves_out_what_is_quiet():
-    values = {"loss": 3.25, "lr": 1e-3, "skipped": 0, "data_wait_seconds": 1e-5, "mfu": 0.4}
+    values = {"loss": 3.25, "lr": 1e-3, "guard/skipped": 0, "data_wait_seconds": 1e-5, "mfu": 0.4}
     assert (
         console_line(10, 20, "train", values)
         == "train 10/20 | loss 3.2500 | lr 1.00e-03 | mfu 40.0%"
     )
-    assert "skipped 2" in console_line(10, 20, "train", values | {"skipped": 2})
+    assert "skipped 2" in console_line(10, 20, "train", values | {"guard/skipped": 2})
     assert "data 0.500 s" in console_line(10, 20, "train", values | {"data_wait_seconds": 0.5})
 
 
@@ -50,7 +70,7 @@ def test_metrics_are_json_without_nan(tmp_path):
     write_a_little(tmp_path / "run", Silent())
     assert json.loads((tmp_path / "run" / "ledger.jsonl").read_text())["loss"] is None
     metrics = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(metrics[1]) == {"step": 1, "kind": "val", "loss": 3.0}
+    assert json.loads(metrics[1]) == {"step": 1, "course": 0, "kind": "val", "loss": 3.0}
 
 
 def test_other_ranks_write_nothing(tmp_path):
@@ -124,17 +144,6 @@ def test_second_interrupt_is_immediate():
         assert stop.requested == "SIGINT"
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_skips_in_a_row_end_the_run():
-    guard = SkipGuard(3, skipped=5)
-    for step, applied in enumerate((False, False, True, False, False), start=1):
-        guard.saw(step, applied)
-    assert guard.skipped == 9
-    with pytest.raises(
-        ValueError, match=r"last 3 steps \(up to step 6\) were skipped.*train.max_skipped=3.*step 3"
-    ):
-        guard.saw(6, False)
 
 
 def test_handlers_that_a_library_replaced_are_set_again():

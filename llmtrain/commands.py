@@ -16,9 +16,17 @@ from llmtrain.exits import FINISHED, STOPPED
 SPREAD = ("train", "eval")
 
 
-def run(command: str, overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> int:
-    """Compose, check and carry out one command; returns the exit code (exits.py)."""
-    from llmtrain.config import compose
+def run(
+    command: str,
+    overrides: Sequence[str],
+    config_dirs: Sequence[str | Path],
+    config_file: str | None = None,
+) -> int:
+    """Compose, check and carry out one command; returns the exit code (exits.py).
+
+    config_file: a resolved configuration, which needs no composing.
+    """
+    from llmtrain.config import compose, reload
     from llmtrain.distributed import discover
     from llmtrain.shared_config import shared
 
@@ -28,7 +36,23 @@ def run(command: str, overrides: Sequence[str], config_dirs: Sequence[str | Path
             f"llmtrain {command}: got {world.size} ranks, expected one process; start it without "
             "torchrun or srun"
         )
-    with shared(world, lambda: compose(command, overrides, config_dirs=config_dirs)) as config:
+    if config_file and overrides:
+        raise ValueError(
+            f"--config: {config_file} is complete, got {overrides[0]!r} besides, expected one or "
+            "the other; change the file, or give all overrides without --config"
+        )
+    if command == "launch":  # its overrides are in part those of other commands
+        from llmtrain.slurm.launch import launch
+
+        launch(overrides, config_dirs)
+        return FINISHED
+
+    def configuration() -> dict:
+        if config_file:
+            return reload(command, config_file)
+        return compose(command, overrides, config_dirs=config_dirs)
+
+    with shared(world, configuration) as config:
         return COMMANDS[command](config) or FINISHED
 
 

@@ -23,6 +23,8 @@ MISSING = "???"  # a value that only `llmtrain prep` needs
 READ_BY_BUILD = {"d_model", "n_layers", "vocab_size", "vocab_multiple", "max_seq_len"}
 # What `llmtrain prep` reads of the configuration that it shares with `llmtrain train`.
 READ_BY_PREP = ("data", "tokenizer", "overwrite", "experiment")
+# Commands whose numbers llmtrain.slurm checks.
+CHECKED_BY_SLURM = ("launch",)
 
 
 def validate(command: str, config: dict, raw: dict, typed: list[Override]) -> None:
@@ -32,6 +34,8 @@ def validate(command: str, config: dict, raw: dict, typed: list[Override]) -> No
     """
     written = {key: config[key] for key in config if key not in ("choices", "overrides")}
     check_section(written, schema.COMMANDS[command], "")
+    if command in CHECKED_BY_SLURM:
+        return
     if command == "generate":
         check_generate(config, typed)
         return

@@ -25,6 +25,7 @@ SUMMARIES = {
     "generate": "continue prompts with a checkpoint",
     "plan": "parameters, FLOPs, memory and hours of a run, before it starts",
     "launch": "submit a training to Slurm: checked now, requeued and resumed by itself",
+    "preflight": "check this machine as `launch` checks its nodes",
 }
 
 

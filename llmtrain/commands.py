@@ -94,4 +94,17 @@ def plan(config: dict) -> None:
     print(describe(result, tokens_per_second(result, config["plan"])))
 
 
-COMMANDS = {"prep": prep, "train": train, "eval": evaluate, "generate": generate, "plan": plan}
+def preflight(config: dict) -> int:
+    from llmtrain.slurm.preflight import run_preflight
+
+    return run_preflight(config)
+
+
+COMMANDS = {
+    "prep": prep,
+    "train": train,
+    "eval": evaluate,
+    "generate": generate,
+    "plan": plan,
+    "preflight": preflight,
+}

@@ -223,6 +223,12 @@ class LaunchConfig:
     preflight: Preflight
 
 
+@dataclass(frozen=True, kw_only=True)
+class PreflightConfig(LaunchConfig):
+    run_dir: str
+    out: str | None
+
+
 COMMANDS = {
     "prep": PrepConfig,
     "train": TrainConfig,
@@ -230,6 +236,7 @@ COMMANDS = {
     "generate": GenerateConfig,
     "plan": PlanConfig,
     "launch": LaunchConfig,
+    "preflight": PreflightConfig,
 }
 
 

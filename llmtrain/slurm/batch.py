@@ -10,14 +10,17 @@ Slurm tells the ranks, and this process may not live long enough to see them end
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -27,9 +30,14 @@ from llmtrain.slurm.cluster import SlurmError
 from llmtrain.slurm.decide import CAUSES, Decision, Ended, decide
 from llmtrain.slurm.rank import describe, stamp
 from llmtrain.slurm.submission import Submission, append_line, read_lines
+from llmtrain.slurm.verdict import judge, read_reports, wishes
 
 STEP_NAME = re.compile(r"step-(\d{8,})")
+# Of a watchdog's verdict: ranks that gave no report, or stand where the others do not wait.
+GUILTY = re.compile(r"(?m)^(?:silent|lags) +rank (\d+)")
 FIRST_PORT, PORTS = 20000, 20000
+# Seconds between ending a step and killing it.
+GRACE = 30
 # States of nodes that have gone, as sinfo and scontrol write them.
 GONE = ("DOWN", "NOT_RESPONDING", "FAIL")
 
@@ -55,7 +63,7 @@ class Driver:
         self.excluded = {node for line in self.earlier for node in line["exclude"]}
         self.folder = submission.start_folder(self.restart)
         self.told: list[int] = []
-        self.asked = False
+        self.asked = self.noted = False
         for number in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(number, self.hear)
 
@@ -74,7 +82,40 @@ class Driver:
             left = [node for node in self.nodes if node in self.excluded]
             why = f"too few nodes without {', '.join(left)}"
             return self.carry_out(Ended(cause="bad node", why=why, exclude=tuple(sorted(left))))
-        return self.carry_out(self.train(nodes))
+        ended = self.check(nodes) if self.submission.preflight["enabled"] else None
+        return self.carry_out(ended or self.train(nodes))
+
+    def check(self, nodes: list[str]) -> Ended | None:
+        """The node check; how this start ends because of it, if it does."""
+        wanted = wishes(
+            self.submission.preflight,
+            gpus=self.submission.gpus,
+            nodes=len(nodes),
+            run_dir=self.submission.run_dir,
+            code=self.submission.code,
+        )
+        probe = [self.submission.python, "-m", "llmtrain.slurm.probes", json.dumps(wanted)]
+        output: list[str] = []
+        options = [*self.submission.srun, "--wait=0"]
+        self.step(nodes, probe, options, output, limit=wanted["timeout_seconds"])
+        state = {"by_slurm": self.by_slurm(), "asked": self.asked}
+        if self.told:
+            why = "told to stop during the node check"
+            return Ended(cause="stopped", why=why, **state)
+        verdict = judge(read_reports(output), nodes, self.submission.tasks_per_node, wanted)
+        text = json.dumps(verdict.to_json(), indent=1) + "\n"
+        (self.folder / "preflight.json").write_text(text, encoding="utf-8")
+        say("node check\n" + verdict.table())
+        if verdict.good:
+            return None
+        if len(verdict.bad) == len(nodes) > 1:
+            why = f"every node fails the check; {nodes[0]}: {verdict.bad[nodes[0]][0]}"
+            return Ended(cause="mistake", why=why, **state)
+        if not verdict.bad:
+            why = f"node check: {'; '.join(verdict.failures)}"
+            return Ended(cause="bad node", why=why, **state)
+        why = "; ".join(f"bad node {node}: {why[0]}" for node, why in verdict.bad.items())
+        return Ended(cause="bad node", why=why, exclude=tuple(verdict.bad), **state)
 
     def usable(self) -> list[str] | None:
         """The nodes to train on: the largest usable number of those that were not excluded (Slurm
@@ -92,7 +133,8 @@ class Driver:
         first_step = newest_step(Path(self.submission.run_dir))
         config = self.submission.restart_config if self.continues() else self.submission.config
         rank = ["-m", "llmtrain.slurm.rank", self.submission.folder, str(self.folder), str(config)]
-        code = self.step(nodes, [self.submission.python, *rank], self.submission.srun)
+        options = [*self.submission.srun, "--kill-on-bad-exit=1"]
+        code = self.step(nodes, [self.submission.python, *rank], options)
         ended = self.outcome(nodes, code)
         return Ended(
             **ended,
@@ -108,8 +150,19 @@ class Driver:
         began = (self.submission.start_folder(0)).stat().st_ctime
         return self.restart > 0 and latest.exists() and latest.stat().st_mtime > began
 
-    def step(self, nodes: list[str], command: Sequence[str], options: Sequence[str]) -> int:
-        """srun a command with one task a rank; USR2 goes to all of them. Returns srun's code."""
+    def step(
+        self,
+        nodes: list[str],
+        command: Sequence[str],
+        options: Sequence[str],
+        output: list[str] | None = None,
+        limit: float = math.inf,
+    ) -> int:
+        """srun a command with one task a rank; USR2 goes to all of them. Returns srun's code.
+
+        output: gets the lines that the ranks print, instead of the log. limit: seconds until the
+        ranks are ended.
+        """
         tasks = self.submission.tasks_per_node
         srun = [
             "srun",
@@ -118,7 +171,6 @@ class Driver:
             f"--ntasks={len(nodes) * tasks}",
             f"--ntasks-per-node={tasks}",
             "--distribution=block",
-            "--kill-on-bad-exit=1",
             "--input=none",
             *options,
         ]
@@ -127,13 +179,26 @@ class Driver:
         environment = os.environ | {"MASTER_ADDR": address[0], "MASTER_PORT": str(address[1])}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             environment.pop(name, None)
-        process = subprocess.Popen([*srun, *command], env=environment, start_new_session=True)
-        passed_on = 0
+        process = subprocess.Popen(
+            [*srun, *command],
+            env=environment,
+            start_new_session=True,
+            stdout=None if output is None else subprocess.PIPE,
+            text=True,
+        )
+        reading = threading.Thread(target=read, args=(process, output), daemon=True)
+        reading.start()
+        passed_on, until = 0, time.monotonic() + limit
         while process.poll() is None:
             if passed_on < len(self.told):
                 self.pass_on(process, self.told[passed_on])
                 passed_on += 1
+            if time.monotonic() > until:
+                say(f"the ranks did not end within {limit:.0f} s and are killed")
+                process.terminate()  # srun then ends them
+                until += GRACE
             time.sleep(0.1)
+        reading.join(timeout=GRACE)
         return process.returncode
 
     def pass_on(self, process: subprocess.Popen, number: int) -> None:
@@ -141,11 +206,23 @@ class Driver:
         name = signal.Signals(number).name
         if number == signal.SIGTERM:
             if self.by_slurm() != "nothing":
-                say(f"{name}: Slurm ends this start, and tells the ranks")
+                self.ended_by_slurm(name)
                 return
             self.asked = True
         say(f"{name}: the ranks are told to save and stop")
         process.send_signal(signal.SIGUSR2)
+
+    def ended_by_slurm(self, name: str) -> None:
+        """Note what Slurm does now: this process may not see the ranks end."""
+        say(f"{name}: Slurm ends this start, and tells the ranks")
+        by_slurm = self.by_slurm()
+        if by_slurm == "time limit":
+            return  # the requeue is for this process to ask for, as soon as the ranks have ended
+        step = newest_step(Path(self.submission.run_dir))
+        why = f"the ranks are saving, checkpoint of step {step} so far"
+        ended = Ended(cause="stopped", why=why, step=step, by_slurm=by_slurm)
+        self.note(ended, decide(ended, self.earlier, self.submission.max_restarts))
+        self.noted = True
 
     def by_slurm(self) -> str:
         """What Slurm does with this job by itself."""
@@ -156,7 +233,7 @@ class Driver:
             return "nothing"
         if job.running:
             return "nothing"
-        if job.restarts > self.restart:
+        if job.restarts > self.restart or job.state == "PENDING":
             return "requeues"
         return "time limit" if job.reason == "TimeLimit" else "ends"
 
@@ -179,17 +256,33 @@ class Driver:
         for cause in ("mistake", "hung"):  # other ranks may end earlier, and in other ways
             of_it = [record for record in failed if CAUSES.get(record["code"]) == cause]
             if of_it:
-                return {"cause": cause, "why": words(of_it[0])}
+                named = self.named_by_watchdog(nodes) if cause == "hung" else ()
+                return {"cause": cause, "why": words(of_it[0]), "exclude": named}
         if all(CAUSES.get(record["code"]) == "stopped" for record in failed):
             step = newest_step(Path(self.submission.run_dir))
             return {"cause": "stopped", "why": f"stopped on a signal, checkpoint of step {step}"}
         first = next(record for record in failed if CAUSES.get(record["code"]) != "stopped")
         return {"cause": "lost" if first["code"] < 0 else "failure", "why": words(first)}
 
+    def named_by_watchdog(self, nodes: list[str]) -> tuple[str, ...]:
+        """The nodes of the ranks that held the others up, unless these are all nodes."""
+        began = self.folder.stat().st_ctime
+        files = sorted((Path(self.submission.run_dir) / "hangs").glob("*/verdict.txt"))
+        if not files or files[-1].stat().st_mtime < began:
+            return ()
+        ranks = GUILTY.findall(files[-1].read_text(encoding="utf-8"))
+        named = {nodes[int(rank) // self.submission.tasks_per_node] for rank in ranks}
+        return tuple(sorted(named)) if len(named) < len(nodes) else ()
+
     def carry_out(self, ended: Ended) -> int:
         """Decide, note it, and requeue if that is it; returns the exit code of the job."""
+        if ended.exclude:
+            ended = replace(ended, enough=self.enough_without(ended.exclude))
         decision = decide(ended, self.earlier, self.submission.max_restarts)
-        self.note(ended, decision)
+        if self.noted and ended.cause != "finished":
+            say(f"the ranks ended: {ended.why}")
+        else:
+            self.note(ended, decision)
         if decision.action != "requeue":
             return decision.code
         # A requeue ends this process too; it has a last thing to say.
@@ -210,6 +303,16 @@ class Driver:
             return refused.code
         return decision.code
 
+    def enough_without(self, exclude: Sequence[str]) -> bool:
+        """Whether the partition has nodes enough besides these and those excluded before."""
+        try:
+            nodes = cluster.nodes_of(os.environ["SLURM_JOB_PARTITION"])
+        except SlurmError as error:
+            say(f"the controller does not answer: {error}")
+            return True
+        bad = {*self.submission.exclude, *self.excluded, *exclude}
+        return len(set(nodes) - bad) >= min(self.submission.sizes)
+
     def note(self, ended: Ended, decision: Decision) -> None:
         """Into decisions.jsonl and the job's log."""
         say(f"{decision.action}: {decision.reason}")
@@ -224,6 +327,12 @@ class Driver:
             **decision.to_json(),
         }
         append_line(self.submission.decisions, line)
+
+
+def read(process: subprocess.Popen, output: list[str] | None) -> None:
+    """Lines of a process, as they come."""
+    for line in process.stdout or ():
+        output.append(line)
 
 
 def words(record: dict) -> str:

@@ -87,3 +87,9 @@ def expand(nodelist: str) -> list[str]:
     if not nodelist:
         return []
     return run(["scontrol", "show", "hostnames", nodelist]).split()
+
+
+def nodes_of(partition: str) -> list[str]:
+    """The names of all nodes of a partition, in whatever state."""
+    command = ["sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N"]
+    return sorted(set(run(command).split()))

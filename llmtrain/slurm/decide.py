@@ -5,9 +5,9 @@
     2   user's mistake         ends: it would fail again
     85  stopped, saved         is requeued, unless it was cancelled or somebody asked to stop
     86  hung                   is requeued without the nodes that the watchdog named
-    lost: a node, a rank       is requeued without that node; Slurm requeues lost nodes itself
+    lost: a node, a rank       is requeued without that node, unless Slurm was faster
     1   failure                is requeued when checkpoints advanced since the last start
-    a bad node in the check    is requeued without it
+    a bad node in the check    is requeued without it, or ends when too few nodes are left
 
 No restart more than max_restarts times: failures are counted over the whole job, the others as long
 as no new checkpoint comes.
@@ -34,14 +34,15 @@ FORGIVEN = ("stopped", "hung", "lost", "bad node")
 @dataclass(frozen=True, kw_only=True)
 class Ended:
     """How a start ended. first_step, step: of the newest checkpoint before and after it. exclude:
-    nodes that should not be used again. asked: somebody asked the job, by hand, to stop. by_slurm:
-    what Slurm does with the job meanwhile."""
+    nodes that should not be used again; enough: whether the others can do. asked: somebody asked
+    the job, by hand, to stop. by_slurm: what Slurm does with the job meanwhile."""
 
     cause: Cause
     why: str
     first_step: int | None = None
     step: int | None = None
     exclude: tuple[str, ...] = ()
+    enough: bool = True
     asked: bool = False
     by_slurm: Literal["nothing", "requeues", "ends", "time limit"] = "nothing"
 
@@ -75,8 +76,14 @@ def decide(ended: Ended, earlier: list[dict], max_restarts: int) -> Decision:
         return Decision(action="end", reason=f"not requeued: {ended.why}", code=USAGE_ERROR)
     if ended.cause == "stopped" and ended.asked:
         return Decision(action="end", reason=f"stopped by hand; {ended.why}", code=STOPPED)
+    exclude = ended.exclude
+    if exclude and not ended.enough:
+        if ended.cause == "bad node":
+            reason = f"not requeued: {ended.why}; too few nodes of the partition are left"
+            return Decision(action="end", reason=reason, exclude=exclude, code=FAILURE)
+        exclude = ()  # the check of the next start looks at them again
     done = restarts(earlier, ended)
-    progress = "" if ended.advanced else ", no new checkpoint since the last start"
+    progress = "" if ended.advanced or ended.cause == "bad node" else ", no new checkpoint"
     if ended.cause == "failure" and not ended.advanced:
         reason = f"not requeued: {ended.why}{progress}"
         return Decision(action="end", reason=reason, code=FAILURE)
@@ -85,11 +92,10 @@ def decide(ended: Ended, earlier: list[dict], max_restarts: int) -> Decision:
         reason = (
             f"not requeued: {ended.why}; {done} restarts {kind} are max_restarts={max_restarts}"
         )
-        return Decision(action="end", reason=reason, exclude=ended.exclude, code=FAILURE)
-    without = f", without {', '.join(ended.exclude)}" if ended.exclude else ""
-    return Decision(
-        action="requeue", reason=f"requeued{without}: {ended.why}{progress}", exclude=ended.exclude
-    )
+        return Decision(action="end", reason=reason, exclude=exclude, code=FAILURE)
+    without = f", without {', '.join(exclude)}" if exclude else ""
+    reason = f"requeued{without}: {ended.why}{progress}"
+    return Decision(action="requeue", reason=reason, exclude=exclude)
 
 
 def restarts(earlier: list[dict], ended: Ended) -> int:

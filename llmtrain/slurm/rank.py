@@ -26,7 +26,7 @@ from llmtrain.slurm.submission import Submission
 # Slurm signals all processes of a task or only this one, by its configuration: twice does no harm.
 PASSED_ON = (signal.SIGTERM, signal.SIGUSR2)
 # Seconds that a rank which saw a hang leaves to the others for their reports.
-REPORTS = 15
+REPORTS = 5
 TAIL = 30
 
 
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     submission, start, config = Submission.load(arguments[0]), Path(arguments[1]), arguments[2]
     rank, node = int(os.environ["SLURM_PROCID"]), os.environ["SLURMD_NODENAME"]
     submission.logs.mkdir(parents=True, exist_ok=True)
-    log = (submission.logs / f"rank-{rank:05d}.log").open("a", encoding="utf-8")
+    log = (submission.logs / f"rank-{rank:05d}.log").open("a", encoding="utf-8", buffering=1)
     command = [sys.executable, "-m", "llmtrain.cli", "train", "--config", config]
     with log:
         size = os.environ.get("SLURM_STEP_NUM_TASKS", "?")
@@ -79,8 +79,7 @@ def follow(command: list[str], log: TextIO, *, echo: bool) -> tuple[int, list[in
 
     def copy() -> None:
         for line in child.stdout:
-            log.write(f"{stamp()} {line if line.endswith(chr(10)) else line + chr(10)}")
-            log.flush()
+            log.write(f"{stamp()} {line.rstrip(chr(10))}\n")
             tail.append(line)
             if echo:
                 sys.stdout.write(line)

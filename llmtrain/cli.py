@@ -25,6 +25,8 @@ SUMMARIES = {
     "generate": "continue prompts with a checkpoint",
     "plan": "parameters, FLOPs, memory and hours of a run, before it starts",
     "launch": "submit a training to Slurm: checked now, requeued and resumed by itself",
+    "status": "a table of runs: state, step, loss, checkpoint, job, time left",
+    "logs": "the logs of all ranks of a run under Slurm, merged by time",
     "preflight": "check this machine as `launch` checks its nodes",
 }
 
@@ -107,7 +109,7 @@ def overview(parser: argparse.ArgumentParser) -> str:
         "usage: llmtrain <command> [--config-dir DIR] [--debug] [group=option] [key=value] ...",
         "",
         "commands:",
-        *(f"  {name:9}{summary}" for name, summary in SUMMARIES.items()),
+        *(f"  {name:11}{summary}" for name, summary in SUMMARIES.items()),
         "",
         "`llmtrain <command> --help` lists its groups, options and keys.",
         "--config-dir DIR   search DIR for group options too (DIR/mixer/mine.yaml), repeatable",

@@ -36,10 +36,11 @@ def run(
             f"llmtrain {command}: got {world.size} ranks, expected one process; start it without "
             "torchrun or srun"
         )
-    if config_file and overrides:
+    if config_file and (overrides or command == "launch"):
         raise ValueError(
-            f"--config: {config_file} is complete, got {overrides[0]!r} besides, expected one or "
-            "the other; change the file, or give all overrides without --config"
+            f"--config: {config_file} is complete, got {' '.join([command, *overrides])!r}, "
+            "expected a command without overrides (and not launch, which makes such files); change "
+            "the file, or give all overrides without --config"
         )
     if command == "launch":  # its overrides are in part those of other commands
         from llmtrain.slurm.launch import launch
@@ -100,6 +101,18 @@ def preflight(config: dict) -> int:
     return run_preflight(config)
 
 
+def status(config: dict) -> None:
+    from llmtrain.slurm.status import show_status
+
+    show_status(config)
+
+
+def logs(config: dict) -> None:
+    from llmtrain.slurm.logs import show_logs
+
+    show_logs(config)
+
+
 COMMANDS = {
     "prep": prep,
     "train": train,
@@ -107,4 +120,6 @@ COMMANDS = {
     "generate": generate,
     "plan": plan,
     "preflight": preflight,
+    "status": status,
+    "logs": logs,
 }

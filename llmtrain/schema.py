@@ -229,6 +229,22 @@ class PreflightConfig(LaunchConfig):
     out: str | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class StatusConfig:
+    run_dir: str | None
+    root: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogsConfig:
+    run_dir: str
+    rank: int | list[int] | None
+    since: str | None
+    step: int | None
+    tail: int | None
+    follow: bool
+
+
 COMMANDS = {
     "prep": PrepConfig,
     "train": TrainConfig,
@@ -237,6 +253,8 @@ COMMANDS = {
     "plan": PlanConfig,
     "launch": LaunchConfig,
     "preflight": PreflightConfig,
+    "status": StatusConfig,
+    "logs": LogsConfig,
 }
 
 

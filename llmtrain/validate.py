@@ -24,7 +24,7 @@ READ_BY_BUILD = {"d_model", "n_layers", "vocab_size", "vocab_multiple", "max_seq
 # What `llmtrain prep` reads of the configuration that it shares with `llmtrain train`.
 READ_BY_PREP = ("data", "tokenizer", "overwrite", "experiment")
 # Commands whose numbers llmtrain.slurm checks.
-CHECKED_BY_SLURM = ("launch", "preflight")
+CHECKED_BY_SLURM = ("launch", "preflight", "status", "logs")
 
 
 def validate(command: str, config: dict, raw: dict, typed: list[Override]) -> None:

@@ -45,9 +45,9 @@ def deaf() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def submit(file: Path, environment: Mapping[str, str]) -> str:
+def submit(file: Path, options: Sequence[str], environment: Mapping[str, str]) -> str:
     """The id of the new job."""
-    answer = run(["sbatch", "--parsable", str(file)], environment)
+    answer = run(["sbatch", "--parsable", *options, str(file)], environment)
     return answer.strip().split(";")[0]  # "id" or "id;cluster"
 
 
@@ -89,7 +89,9 @@ def expand(nodelist: str) -> list[str]:
     return run(["scontrol", "show", "hostnames", nodelist]).split()
 
 
-def nodes_of(partition: str) -> list[str]:
-    """The names of all nodes of a partition, in whatever state."""
-    command = ["sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%N"]
-    return sorted(set(run(command).split()))
+def nodes_of(partition: str | None) -> list[str]:
+    """The names of all nodes of a partition (of the cluster), in whatever state."""
+    command = ["sinfo", "--noheader", "--Node", "--format=%N"]
+    return sorted(
+        set(run([*command, *([f"--partition={partition}"] if partition else [])]).split())
+    )

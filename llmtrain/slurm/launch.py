@@ -2,185 +2,213 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 import yaml
 
 from llmtrain import config as configuration
 from llmtrain import groups, plan
-from llmtrain.distributed import World
-from llmtrain.prep import check_tokenizer
-from llmtrain.slurm import cluster, snapshot, template
+from llmtrain.slurm import cluster, partitions, queue, sweep
+from llmtrain.slurm.cluster import SlurmError
 from llmtrain.slurm.resources import Resources
-from llmtrain.slurm.submission import JOB_ID, Submission, new_folder
-from llmtrain.train.setup import Setup
+from llmtrain.slurm.submission import Submission, note_job
+from llmtrain.slurm.training import Training, with_device
+from llmtrain.slurm.write import Link, write
+from llmtrain.train.runlog import check_writable
+from llmtrain.validate import READ_BY_PREP
 
 # Variables of the shell that submits which would tell the ranks who they are.
 FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def launch(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> None:
-    """Carry out one command line; prints the plan and the job."""
-    keys, rest = split(overrides)
-    wanted = configuration.compose("launch", keys, config_dirs=config_dirs)
+    """Carry out one command line; prints the plan and the jobs."""
+    typed = Typed.split(overrides)
+    wanted = configuration.compose("launch", typed.launch, config_dirs=config_dirs)
     resources = Resources.of(wanted)
-    device = f"train.device={'cuda' if resources.gpus else 'cpu'}"
-    config = configuration.compose("train", with_device(rest, device), config_dirs=config_dirs)
-    training = Training.check(config, resources)
-    print(training.describe(), flush=True)
-    folder = write(training, wanted)
-    print(f"submission  {folder}")
-    if wanted["dry_run"]:
-        print(f"dry_run: nothing submitted; by hand: sbatch {folder / 'job.sbatch'}")
-        return
-    job = cluster.submit(folder / "job.sbatch", clean_environment())
-    (folder / JOB_ID).write_text(f"{job}\n", encoding="utf-8")
-    print(f"job         {job}")
-
-
-def split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(overrides of launch.yaml, those of `llmtrain train`)."""
-    own = yaml.safe_load((groups.config_root() / "launch.yaml").read_text(encoding="utf-8"))
-    keys, rest = [], []
-    for text, override in zip(overrides, groups.parse(overrides), strict=True):
-        first = override.key_or_group.partition(".")[0]
-        (keys if first in own else rest).append(text)
-    return keys, rest
-
-
-def with_device(overrides: list[str], device: str) -> list[str]:
-    """The overrides with the device that the job's resources mean, unless they name one."""
-    typed = groups.given(groups.parse(overrides), "train.device")
-    if typed is None or typed.value() == "auto":
-        return [*(text for text in overrides if not text.startswith("train.device=")), device]
-    if typed.input_line != device:
-        raise ValueError(
-            f"{typed.input_line}: got this for a job whose ranks have {device}, expected the two "
-            "to agree; set gpus=<a node> for GPUs, gpus=0 for CPU ranks, or remove it"
+    check_chain(wanted["chain"], typed)
+    rest = with_device(typed.train, resources)
+    name, run_dir = name_and_place(rest, config_dirs)
+    points = sweep.points(groups.parse(typed.sweep)) if typed.sweep else []
+    trainings = [
+        Training.check(
+            configuration.compose("train", each, config_dirs=config_dirs),
+            resources,
+            corpus_comes="prep" in wanted["chain"],
         )
-    return overrides
+        for each in ([[*rest, *p.overrides, *place_of(name, run_dir, p)] for p in points] or [rest])
+    ]
+    check_writable(run_dir)
+    links = chain_links(wanted, resources, typed, run_dir, config_dirs)
+    with locked(run_dir):
+        if not wanted["dry_run"]:
+            check_cluster(resources, [Path(t.config["run_dir"]) for t in trainings])
+        print(trainings[0].describe(rate(trainings[0], typed, config_dirs)), flush=True)
+        for training in trainings if points else ():
+            print(f"point       {training.brief()}")
+        base = write(run_dir, name, trainings, wanted, links)
+        print(f"submission  {base.folder}")
+        submit(base, wanted)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
-    """A checked training. sizes: the numbers of nodes whose ranks the rows divide among."""
+class Typed:
+    """The overrides of a command line, by whom they are for, without their prefixes."""
 
-    config: dict
-    resources: Resources
-    setup: Setup
-    sizes: list[int]
+    launch: list[str]
+    train: list[str]
+    sweep: list[str]
+    prep: list[str]
+    eval: list[str]
+    plan: list[str]
 
     @classmethod
-    def check(cls, config: dict, resources: Resources) -> Training:
-        """The checks of `llmtrain train`, for every number of nodes the job may get."""
-        check_tokenizer(config)
-        sizes = usable_sizes(config, resources)
-        world = World(rank=0, size=resources.nodes * resources.tasks_per_node, local_rank=0)
-        device = torch.device("cuda" if resources.gpus else "cpu")
-        setup = Setup.check(config, world, device, elsewhere=True)
-        return cls(config=config, resources=resources, setup=setup, sizes=sizes)
-
-    def describe(self) -> str:
-        resources = self.resources
-        unit = f"{resources.gpus} GPUs" if resources.gpus else f"{resources.tasks_per_node} ranks"
-        lines = [self.setup.describe(), f"nodes       {resources.node_range} of {unit}"]
-        left_out = sorted(set(resources.sizes) - set(self.sizes))
-        for size in left_out:
-            used = max(usable for usable in self.sizes if usable < size)
-            lines.append(
-                f"            of {size} nodes {used} would work: the {self.setup.plan.rows} rows "
-                f"of a step do not divide among {size * resources.tasks_per_node} ranks"
-            )
-        return "\n".join(lines)
+    def split(cls, overrides: Sequence[str]) -> Typed:
+        own = yaml.safe_load((groups.config_root() / "launch.yaml").read_text(encoding="utf-8"))
+        found: dict[str, list[str]] = {name: [] for name in cls.__dataclass_fields__}
+        for text, override in zip(overrides, groups.parse(overrides), strict=True):
+            first, dot, _ = override.key_or_group.partition(".")
+            if first in own:
+                found["launch"].append(text)
+            elif dot and first in ("prep", "eval"):
+                found[first].append(text.removeprefix(f"{first}."))
+            elif dot and first in ("sweep", "plan"):
+                found[first].append(text)
+            else:
+                found["train"].append(text)
+        return cls(**found)
 
 
-def usable_sizes(config: dict, resources: Resources) -> list[int]:
-    """The numbers of nodes, of those the job may get, that can share the rows of a step. ValueError
-    when the largest or the smallest is not among them."""
-    usable, refusals = [], {}
-    for nodes in resources.sizes:
-        try:
-            plan.check_ranks(config, nodes * resources.tasks_per_node)
-        except ValueError as error:
-            refusals[nodes] = str(error)
-        else:
-            usable.append(nodes)
-    for nodes in (resources.nodes, resources.min_nodes):
-        if nodes in refusals:
-            key = "nodes" if nodes == resources.nodes else "min_nodes"
-            raise ValueError(f"{key}={nodes}: {refusals[nodes]}")
-    return usable
+def name_and_place(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> tuple[str, Path]:
+    """name and run_dir of the training, the latter absolute."""
+    raw, _ = configuration.hydra_compose("train", overrides, config_dirs)
+    return str(raw["name"]), Path(os.path.abspath(raw["run_dir"]))
 
 
-def write(training: Training, wanted: dict) -> Path:
-    """The submission folder: code, configurations, job.sbatch."""
-    config, resources = training.config, training.resources
-    run_dir = Path(os.path.abspath(config["run_dir"]))
-    folder = new_folder(run_dir)
-    facts = snapshot.take(folder / "code")
-    submission = Submission(
-        folder=str(folder),
-        run_dir=str(run_dir),
-        code=str(folder / "code"),
-        code_sha256=facts["sha256"],
-        python=wanted["python"] or sys.executable,
-        sizes=training.sizes,
-        tasks_per_node=resources.tasks_per_node,
-        gpus=resources.gpus,
-        max_restarts=wanted["max_restarts"],
-        srun=wanted["srun"],
-        exclude=wanted["exclude"],
-        preflight=wanted["preflight"],
-    )
-    submission.save()
-    save(config, submission.config)
-    again = {**config, "train": {**config["train"], "resume": "auto"}}
-    save(again, submission.restart_config)
-    save(wanted, folder / "launch.yaml")
-    text = template.render("train.sbatch", job_values(submission, config["name"], wanted))
-    (folder / "job.sbatch").write_text(text, encoding="utf-8")
-    return folder
+def place_of(name: str, run_dir: Path, point: sweep.Point) -> list[str]:
+    """What names the run of a point and its folder."""
+    return [
+        f"name={sweep.text(f'{name}-{point.name}')}",
+        f"run_dir={sweep.text(str(run_dir / point.name))}",
+    ]
 
 
-def job_values(submission: Submission, name: str, wanted: dict) -> dict[str, str | list[str]]:
-    """What fills the placeholders of train.sbatch."""
-    resources = Resources.of(wanted)
-    environment = list(wanted["setup"])
-    if resources.cpus_per_task:
-        # srun does not take it from the job; libraries would start a thread for each core.
-        environment.append(f"export SRUN_CPUS_PER_TASK={resources.cpus_per_task}")
-        environment.append(
-            f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{resources.cpus_per_task}}}"
+def rate(training: Training, typed: Typed, config_dirs: Sequence[str | Path]) -> float | None:
+    """Tokens per second for the estimate of hours: plan.tokens_per_second, or plan.device_name."""
+    if not typed.plan:
+        return None
+    config = configuration.compose("plan", [*typed.train, *typed.plan], config_dirs=config_dirs)
+    return plan.tokens_per_second(training.plan, config["plan"])
+
+
+def check_chain(chain: list[str], typed: Typed) -> None:
+    """A chain has the training, each link once, in order; what is typed for a link has it."""
+    if "train" not in chain or chain != [link for link in queue.LINKS if link in chain]:
+        raise ValueError(
+            f"chain: got [{','.join(chain)}], expected the training and what goes before and after "
+            "it; write chain=[prep,train,eval], or leave out prep or eval"
         )
-    return {
-        "name": name,
-        "comment": comment(submission.run_dir),
-        "nodes": resources.node_range,
-        "tasks_per_node": str(resources.tasks_per_node),
-        "options": resources.options(),
-        "directory": os.getcwd(),
-        "log": f"{submission.folder.replace('%', '%%')}/job-%j.log",
-        "signal_seconds": str(wanted["signal_seconds"]),
-        "code": submission.code,
-        "environment": environment,
-        "python": submission.python,
-        "submission": submission.folder,
-    }
+    for link in ("prep", "eval"):
+        texts = getattr(typed, link)
+        if texts and link not in chain:
+            raise ValueError(
+                f"{link}.{texts[0]}: has no effect, {link} is not in chain=[{','.join(chain)}]; "
+                "add it, or remove this"
+            )
+    if typed.sweep and chain != ["train"]:
+        raise ValueError(
+            f"chain: got [{','.join(chain)}] with a sweep, expected a chain or a sweep; run "
+            "`llmtrain prep` before, and `llmtrain eval` with the runs after"
+        )
 
 
-def comment(run_dir: str) -> str:
-    """How squeue shows which run a job belongs to."""
-    return f"llmtrain {run_dir}"
+def chain_links(
+    wanted: dict,
+    resources: Resources,
+    typed: Typed,
+    run_dir: Path,
+    config_dirs: Sequence[str | Path],
+) -> list[Link]:
+    """The jobs beside the training, their configurations checked."""
+    links = []
+    if "prep" in wanted["chain"]:
+        sections = [o.key_or_group.partition(".")[0] for o in groups.parse(typed.train)]
+        read = [
+            text
+            for text, section in zip(typed.train, sections, strict=True)
+            if section in READ_BY_PREP
+        ]
+        config = configuration.compose("prep", [*read, *typed.prep], config_dirs=config_dirs)
+        cpus = resources.tasks_per_node * (resources.cpus_per_task or 1)
+        one = replace(resources, nodes=1, min_nodes=1, gpus=0, tasks_per_node=1, cpus_per_task=cpus)
+        links.append(Link(command="prep", config=config, resources=one))
+    if "eval" in wanted["chain"]:
+        where = f"checkpoint={sweep.text(str(run_dir))}"
+        device = f"device={'cuda' if resources.gpus else 'cpu'}"
+        config = configuration.compose(
+            "eval", [where, device, *typed.eval], config_dirs=config_dirs
+        )
+        one = replace(resources, nodes=1, min_nodes=1)
+        links.append(Link(command="eval", config=config, resources=one))
+    return links
 
 
-def save(config: dict, path: Path) -> None:
-    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+def check_cluster(resources: Resources, run_dirs: Sequence[Path]) -> None:
+    """ValueError when the cluster cannot run it, or runs it already."""
+    partitions.check(resources, partitions.read())
+    if resources.exclude:
+        known = cluster.nodes_of(resources.partition)
+        left = set(known) - set(cluster.expand(",".join(resources.exclude)))
+        if len(left) < resources.nodes:
+            raise ValueError(
+                f"exclude: leaves {len(left)} of {len(known)} nodes, expected at least "
+                f"nodes={resources.nodes}; change either"
+            )
+    jobs = queue.read()
+    for run_dir in run_dirs:
+        queue.check_free(Path(os.path.abspath(run_dir)), jobs)
 
 
-def clean_environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name not in FOREIGN}
+def submit(base: Submission, wanted: dict) -> None:
+    """Give the jobs of a chain to Slurm, each after the one before; all of them or none."""
+    files = {link: base.path / f"{link}.sbatch" for link in wanted["chain"]}
+    files["train"] = base.path / "job.sbatch"
+    if wanted["dry_run"]:
+        for link in wanted["chain"]:
+            print(f"dry_run: nothing submitted; by hand: sbatch {files[link]}")
+        return
+    environment = {name: value for name, value in os.environ.items() if name not in FOREIGN}
+    jobs: list[str] = []
+    for link in wanted["chain"]:
+        after = [f"--dependency=afterok:{jobs[-1]}", "--kill-on-invalid-dep=yes"] if jobs else []
+        try:
+            job = cluster.submit(files[link], after, environment)
+        except SlurmError:
+            for earlier in jobs:
+                cluster.run(["scancel", earlier])
+            raise
+        jobs.append(job)
+        note_job(base, link, job)
+        waits = f" after {jobs[-2]}" if after else ""
+        print(f"job         {job} ({link}{waits})")
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """One submission of a run at a time, so that two do not both find the queue without it."""
+    file = run_dir / "slurm" / ".lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"run_dir: {run_dir} is being submitted by another `llmtrain launch`, expected one "
+                "at a time; wait for it"
+            ) from error
+        yield

@@ -10,15 +10,14 @@ from pathlib import Path
 
 from llmtrain import groups
 from llmtrain.slurm import template
-from llmtrain.train.runlog import git_state
+from llmtrain.train.runlog import SNAPSHOT_FACTS, git_state
 
 PACKAGES = ("llmtrain", "llmtrain_kernels", "llmtrain_data", "llmtrain_eval")
-# Beside the packages: {"commit": ..., "sha256": ...}; the uncommitted changes are in git.diff.
-FACTS = "code.json"
 
 
 def take(into: Path) -> dict:
-    """Copy the packages, configs and templates into a new folder; returns what FACTS holds."""
+    """Copy the packages, configs and templates into a new folder, and note where they are from in
+    code.json (uncommitted changes in git.diff); returns what that holds."""
     for name in PACKAGES:
         copy(package_folder(name), into / name)
     if not (into / "llmtrain" / "configs").exists():
@@ -28,7 +27,7 @@ def take(into: Path) -> dict:
     if changes:
         (into / "git.diff").write_text(changes, encoding="utf-8")
     facts = {"commit": commit, "uncommitted_changes": bool(changes), "sha256": digest(into)}
-    (into / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (into / SNAPSHOT_FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return facts
 
 

@@ -19,6 +19,8 @@ from pathlib import Path
 
 FILE = "submission.json"
 JOB_ID = "job_id"
+# A file of a start's folder, as old as the start by the clock of the file system.
+BEGAN = "began"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +94,18 @@ def submissions(run_dir: str | Path) -> list[Path]:
     return sorted((file.parent for file in found), key=lambda folder: folder.name)
 
 
+def note_job(base: Submission, link: str, job: str) -> None:
+    """Write down the id of a job: the training's, of each point of a sweep, or another link's."""
+    if link != "train":
+        (base.path / f"{link}_{JOB_ID}").write_text(f"{job}\n", encoding="utf-8")
+        return
+    (base.path / JOB_ID).write_text(f"{job}\n", encoding="utf-8")
+    for number, point in enumerate(base.points):
+        (Path(point) / JOB_ID).write_text(f"{job}_{number}\n", encoding="utf-8")
+
+
 def job_id(folder: Path) -> str | None:
-    """Slurm's name of the job; None when nothing was submitted."""
+    """Slurm's name of the training's job; None when nothing was submitted."""
     file = folder / JOB_ID
     return file.read_text(encoding="utf-8").strip() if file.is_file() else None
 

@@ -134,11 +134,11 @@ def check(
         """FLOPs of a training token."""
         return train_flops_per_token(self.build_module("meta").model, self.plan.seq_len)
 
-    def describe(self) -> str:
-        """The plan and the groups of the optimizer."""
+    def describe(self, rate: float | None = None) -> str:
+        """The plan and the groups of the optimizer. rate: tokens per second, for the hours."""
         groups = self.optimizer.describe(self.build_module("meta"))
         chosen = ", ".join(f"{part}: {name}" for part, name in self.backends.items())
-        lines = [describe(self.plan), "optimizer groups", groups]
+        lines = [describe(self.plan, rate), "optimizer groups", groups]
         return "\n".join(lines + ([f"kernel backends  {chosen}"] if chosen else []))
 
 

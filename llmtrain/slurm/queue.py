@@ -60,17 +60,18 @@ def available() -> bool:
     return shutil.which("squeue") is not None
 
 
-def comment(run_dir: str | Path) -> str:
-    """How squeue shows which run a job belongs to."""
-    return f"llmtrain {run_dir}"
+def comment(run_dir: str | Path, link: str = "train") -> str:
+    """How squeue shows which run a job belongs to, and what it does with it."""
+    return f"llmtrain {link} {run_dir}"
 
 
-def of_run(run_dir: Path, jobs: Sequence[Queued]) -> list[Queued]:
+def of_run(
+    run_dir: Path, jobs: Sequence[Queued], links: Sequence[str] = ("train",)
+) -> list[Queued]:
     """The jobs of a run that are not over: by what they were submitted with, or their ids."""
     ids = {job for folder in submissions(run_dir) if (job := job_id(folder))}
-    return [
-        job for job in jobs if not job.over and (job.comment == comment(run_dir) or job.job in ids)
-    ]
+    comments = [comment(run_dir, link) for link in links]
+    return [job for job in jobs if not job.over and (job.comment in comments or job.job in ids)]
 
 
 def check_free(run_dir: Path, jobs: Sequence[Queued]) -> None:

@@ -17,6 +17,7 @@ OURS = {
     "--ntasks": "tasks_per_node",
     "-n": "tasks_per_node",
     "--ntasks-per-node": "tasks_per_node",
+    "--mincpus": "tasks_per_node",
     "--gpus": "gpus",
     "-G": "gpus",
     "--gpus-per-node": "gpus",
@@ -124,6 +125,11 @@ class Resources:
     def options(self) -> list[str]:
         """The options that not every job has."""
         options = []
+        if self.min_nodes == self.nodes:
+            options.append(f"--ntasks-per-node={self.tasks_per_node}")
+        else:
+            # With tasks a node named, Slurm gives the least number of nodes, however many are free.
+            options.append(f"--mincpus={self.tasks_per_node * (self.cpus_per_task or 1)}")
         if self.gpus:
             gres = self.gpu_request == "gres"
             options.append(f"--gres=gpu:{self.gpus}" if gres else f"--gpus-per-node={self.gpus}")

@@ -124,7 +124,6 @@ def common_values(
         environment.append(f"export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{threads}}}")
     return {
         "name": name,
-        "tasks_per_node": str(resources.tasks_per_node),
         "options": resources.options(),
         "directory": os.getcwd(),
         "code": base.code,

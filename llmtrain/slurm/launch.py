@@ -13,6 +13,7 @@ import yaml
 
 from llmtrain import config as configuration
 from llmtrain import groups, plan
+from llmtrain.schema import TrainConfig
 from llmtrain.slurm import cluster, partitions, queue, sweep
 from llmtrain.slurm.cluster import SlurmError
 from llmtrain.slurm.resources import Resources
@@ -33,6 +34,8 @@ def launch(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> None:
     resources = Resources.of(wanted)
     check_chain(wanted["chain"], typed)
     rest = with_device(typed.train, resources)
+    if not wanted["dry_run"]:
+        check_cluster(resources)
     name, run_dir = name_and_place(rest, config_dirs)
     points = sweep.points(groups.parse(typed.sweep)) if typed.sweep else []
     trainings = [
@@ -47,7 +50,9 @@ def launch(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> None:
     links = chain_links(wanted, resources, typed, run_dir, config_dirs)
     with locked(run_dir):
         if not wanted["dry_run"]:
-            check_cluster(resources, [Path(t.config["run_dir"]) for t in trainings])
+            jobs = queue.read()
+            for training in trainings:
+                queue.check_free(Path(os.path.abspath(training.config["run_dir"])), jobs)
         print(trainings[0].describe(rate(trainings[0], typed, config_dirs)), flush=True)
         for training in trainings if points else ():
             print(f"point       {training.brief()}")
@@ -69,6 +74,7 @@ class Typed:
 
     @classmethod
     def split(cls, overrides: Sequence[str]) -> Typed:
+        """ValueError for a key that nobody has."""
         own = yaml.safe_load((groups.config_root() / "launch.yaml").read_text(encoding="utf-8"))
         found: dict[str, list[str]] = {name: [] for name in cls.__dataclass_fields__}
         for text, override in zip(overrides, groups.parse(overrides), strict=True):
@@ -79,14 +85,24 @@ class Typed:
                 found[first].append(text.removeprefix(f"{first}."))
             elif dot and first in ("sweep", "plan"):
                 found[first].append(text)
-            else:
+            elif first in (names := [*TrainConfig.__annotations__, *groups.options()]):
                 found["train"].append(text)
+            else:
+                raise ValueError(
+                    f"{text}: neither `llmtrain launch` nor `llmtrain train` has a key {first!r}, "
+                    f"expected one of {', '.join([*own, *names])}."
+                    f"{groups.did_you_mean(first, [*own, *names])}"
+                )
         return cls(**found)
 
 
 def name_and_place(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> tuple[str, Path]:
     """name and run_dir of the training, the latter absolute."""
-    raw, _ = configuration.hydra_compose("train", overrides, config_dirs)
+    try:
+        raw, _ = configuration.hydra_compose("train", overrides, config_dirs)
+    except ValueError:
+        configuration.compose("train", overrides, config_dirs=config_dirs)  # says it better
+        raise
     return str(raw["name"]), Path(os.path.abspath(raw["run_dir"]))
 
 
@@ -158,8 +174,8 @@ def chain_links(
     return links
 
 
-def check_cluster(resources: Resources, run_dirs: Sequence[Path]) -> None:
-    """ValueError when the cluster cannot run it, or runs it already."""
+def check_cluster(resources: Resources) -> None:
+    """ValueError when the cluster cannot run it."""
     partitions.check(resources, partitions.read())
     if resources.exclude:
         known = cluster.nodes_of(resources.partition)
@@ -169,9 +185,6 @@ def check_cluster(resources: Resources, run_dirs: Sequence[Path]) -> None:
                 f"exclude: leaves {len(left)} of {len(known)} nodes, expected at least "
                 f"nodes={resources.nodes}; change either"
             )
-    jobs = queue.read()
-    for run_dir in run_dirs:
-        queue.check_free(Path(os.path.abspath(run_dir)), jobs)
 
 
 def submit(base: Submission, wanted: dict) -> None:

@@ -133,7 +133,7 @@ def own_faults(found: list[dict], ranks_per_node: int, wanted: dict) -> list[str
             continue
         disk = report["disk"]
         if disk["free_gib"] < wanted["disk_gib"]:
-            least = f"preflight.disk_gib={wanted['disk_gib']}"
+            least = f"preflight.disk_gib={wanted['disk_gib']:g}"
             reasons.append(f"{disk['free_gib']:.1f} GiB free in run_dir, expected {least}")
         if disk["mib_per_second"] < wanted["disk_mib_per_second"]:
             least = f"preflight.disk_mib_per_second={wanted['disk_mib_per_second']}"
@@ -143,17 +143,15 @@ def own_faults(found: list[dict], ranks_per_node: int, wanted: dict) -> list[str
 
 def compare_versions(of_node: dict[str, list[dict]], bad: dict[str, list[str]]) -> None:
     """Nodes with other software or GPUs than most have (than the first node, where two differ)."""
-    facts = {}
+    have: dict[str, list[tuple[str, str]]] = {}
     for node, found in of_node.items():
-        facts[node] = {}
         for report in found:
-            facts[node] |= report.get("versions", {})
-            if "gpu" in report:
-                facts[node]["gpu"] = report["gpu"]
-    for key in sorted({key for values in facts.values() for key in values}):
-        have = {node: values[key] for node, values in facts.items() if key in values}
-        usual, _ = Counter(have.values()).most_common(1)[0]
-        for node, value in have.items():
+            gpu = {"gpu": report["gpu"]} if "gpu" in report else {}
+            for key, value in {**report.get("versions", {}), **gpu}.items():
+                have.setdefault(key, []).append((node, value))
+    for key, values in sorted(have.items()):
+        usual, _ = Counter(value for _, value in values).most_common(1)[0]
+        for node, value in dict.fromkeys(values):
             if value != usual:
                 bad[node].append(f"{key} {value}, where most nodes have {usual}")
 

@@ -145,6 +145,6 @@ def test_node_states(state, gone):
 
 def test_slurm_is_missing(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(ValueError, match="sbatch: not found on this machine.*dry_run=true"):
+    with pytest.raises(ValueError, match=r"sbatch: not found on this machine.*dry_run=true"):
         cluster.run(["sbatch", "--version"])
     assert not queue.available()

@@ -104,7 +104,7 @@ def check_resume(config: dict, setup: Setup) -> None:
     if wish == "auto" and not found:
         return
     path = found[-1][1] if wish == "auto" else checkpoint.resolve(wish)
-    resume.check_config(path, config)
+    resume.check_config(path, setup.config)
     trainer = resume.read_trainer(path)
     resume.check_corpus(path, trainer, setup.loader.fingerprint)
 

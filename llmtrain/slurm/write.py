@@ -48,7 +48,7 @@ def write(
     )
     places = [Path(os.path.abspath(training.config["run_dir"])) for training in trainings]
     if places == [run_dir]:
-        write_configs(base, trainings[0].config)
+        write_configs(base, trainings[0])
     else:
         points = [
             write_point(base, place, training)
@@ -70,14 +70,16 @@ def write_point(base: Submission, run_dir: Path, training: Training) -> str:
     """The submission of one training of a sweep; it shares the code."""
     folder = new_folder(run_dir)
     point = replace(base, folder=str(folder), run_dir=str(run_dir), sizes=training.sizes)
-    write_configs(point, training.config)
+    write_configs(point, training)
     point.save()
     return str(folder)
 
 
-def write_configs(submission: Submission, config: dict) -> None:
-    save(config, submission.config)
-    again = {**config, "train": {**config["train"], "resume": "auto"}}
+def write_configs(submission: Submission, training: Training) -> None:
+    save(training.config, submission.config)
+    # What the first start takes from train.resume is settled for those after it.
+    settled = training.config if training.setup is None else training.setup.config
+    again = {**settled, "train": {**settled["train"], "resume": "auto"}}
     save(again, submission.restart_config)
 
 

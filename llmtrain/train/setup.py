@@ -49,7 +49,7 @@ class Setup:
     faults: tuple[Fault, ...]
 
     @classmethod
-def check(
+    def check(
         cls, config: dict, world: World, device: torch.device, *, elsewhere: bool = False
     ) -> Setup:
         """Build all small parts of a configuration. ValueError: what does not fit.

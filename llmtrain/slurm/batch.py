@@ -23,7 +23,7 @@ from llmtrain.exits import FAILURE
 from llmtrain.slurm import cluster
 from llmtrain.slurm.cluster import SlurmError
 from llmtrain.slurm.decide import Decision, Ended, decide
-from llmtrain.slurm.endings import newest_step, outcome
+from llmtrain.slurm.endings import lost, newest_step, outcome
 from llmtrain.slurm.rank import stamp
 from llmtrain.slurm.srun import Step
 from llmtrain.slurm.submission import BEGAN, Submission, append_line, read_lines
@@ -195,9 +195,14 @@ class Driver:
         self.say(f"{name}: Slurm ends this start ({by_slurm}), and tells the ranks")
         if by_slurm == "time limit" or self.noted:
             return  # at the limit it is this process that asks for a requeue, when the ranks ended
-        step = newest_step(self.run_dir)
-        why = f"the ranks are saving, newest checkpoint of step {step} so far"
-        ended = Ended(cause="stopped", why=why, step=step, by_slurm=by_slurm)
+        step, gone = newest_step(self.run_dir), lost(self.nodes)
+        so_far = f"newest checkpoint of step {step}"
+        if gone:
+            why = f"lost node {', '.join(gone)}, {so_far}"
+        else:
+            why = f"the ranks are saving, {so_far} so far"
+        cause = "lost" if gone else "stopped"
+        ended = Ended(cause=cause, why=why, step=step, by_slurm=by_slurm)
         self.note(ended, decide(ended, self.earlier, self.submission.max_restarts))
         self.noted = True
 
@@ -210,7 +215,7 @@ class Driver:
             return "nothing"
         if job.running:
             return "nothing"
-        if job.restarts > self.restart or job.state == "PENDING":
+        if job.restarts > self.restart or job.pending:
             return "requeues"
         return "time limit" if job.reason == "TimeLimit" else "ends"
 

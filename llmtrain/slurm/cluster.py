@@ -62,7 +62,16 @@ class Job:
 
     @property
     def running(self) -> bool:
-        return self.state == "RUNNING"
+        return "RUNNING" in self.words and "COMPLETING" not in self.words
+
+    @property
+    def pending(self) -> bool:
+        return "PENDING" in self.words
+
+    @property
+    def words(self) -> list[str]:
+        """Some versions add flags: CANCELLED,COMPLETING."""
+        return self.state.replace("+", ",").split(",")
 
 
 def parse_job(text: str) -> Job:

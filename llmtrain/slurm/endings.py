@@ -29,8 +29,7 @@ def read_records(start: Path) -> list[dict]:
 
 def outcome(submission: Submission, start: Path, nodes: Sequence[str], code: int) -> dict:
     """Cause, reason and nodes to exclude (fields of Ended). code: of srun."""
-    gone = [node for node in nodes if node_state(node).intersection(GONE)]
-    if gone:
+    if gone := lost(nodes):
         return {"cause": "lost", "why": f"lost node {', '.join(gone)}", "exclude": tuple(gone)}
     records = read_records(start)
     failed = [record for record in records if CAUSES.get(record["code"]) != "finished"]
@@ -73,6 +72,11 @@ def newest_step(run_dir: Path) -> int | None:
     """The step of the newest finished checkpoint, good or not."""
     found = (STEP_NAME.fullmatch(path.name) for path in (run_dir / "checkpoints").glob("step-*"))
     return max((int(match.group(1)) for match in found if match), default=None)
+
+
+def lost(nodes: Sequence[str]) -> list[str]:
+    """Those of the nodes that have gone."""
+    return [node for node in nodes if node_state(node).intersection(GONE)]
 
 
 def node_state(node: str) -> set[str]:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 
 from llmtrain.slurm import cluster
 
-FIRST_PORT, PORTS = 20000, 20000
+# Below what Linux gives to outgoing connections (32768 and up), which come between probe and use.
+FIRST_PORT, PORTS = 20000, 12000
 # What the shell of the job may have of an older life.
 FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 # Seconds: between ending a step and asking again; before srun can pass on a signal; between two.

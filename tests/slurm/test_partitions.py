@@ -118,6 +118,8 @@ JOB = (
         ("JobState=COMPLETING Reason=None", 1, False),
         ("JobState=COMPLETING Reason=TimeLimit", 0, False),
         ("JobState=CANCELLED,COMPLETING Reason=None", 0, False),
+        ("JobState=RUNNING,COMPLETING Reason=None", 0, False),
+        ("JobState=RUNNING,SIGNALING Reason=None", 0, True),
     ],
 )
 def test_job(state, restarts, running):

@@ -9,7 +9,7 @@ PINS := requirements/constraints.txt
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 export PYTHON
 
-.PHONY: help install quickstart quickstart-fresh test test-slow lint arrows bench soak readme wheel lock clean
+.PHONY: help install quickstart quickstart-fresh test test-slow slurm lint arrows bench soak readme wheel lock clean
 
 help:
 	@grep -E '^# make|^[a-z-]+:.*##' Makefile | sed -E 's/^# //; s/:.*## */: /'
@@ -30,7 +30,10 @@ test: $(STAMP) ## the CPU test suite
 	$(PYTEST) -m "not slow and not gpu and not multi_gpu" $(ARGS)
 
 test-slow: $(STAMP) ## the long matrices
-	$(PYTEST) -m "slow and not gpu and not multi_gpu" --timeout 1800 $(ARGS)
+	$(PYTEST) -m "slow and not gpu and not multi_gpu and not slurm" --timeout 1800 $(ARGS)
+
+slurm: $(STAMP) ## the tests on a real Slurm, started by them; needs root, slurm-wlm and munge
+	LLMTRAIN_SLURM=required $(PYTEST) -m slurm $(ARGS) tests/slurm
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -24,6 +24,10 @@ SUMMARIES = {
     "eval": "lm-eval tasks, passkey retrieval and bits per byte of a checkpoint",
     "generate": "continue prompts with a checkpoint",
     "plan": "parameters, FLOPs, memory and hours of a run, before it starts",
+    "launch": "submit a training to Slurm: checked now, requeued and resumed by itself",
+    "status": "a table of runs: state, step, loss, checkpoint, job, time left",
+    "logs": "the logs of all ranks of a run under Slurm, merged by time",
+    "preflight": "check this machine as `launch` checks its nodes",
 }
 
 
@@ -45,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(command_help(arguments.command, arguments.config_dir))
             return FINISHED
         configure_logging()
-        return commands.run(arguments.command, arguments.overrides, arguments.config_dir)
+        return commands.run(
+            arguments.command, arguments.overrides, arguments.config_dir, arguments.config
+        )
     except BrokenPipeError:
         if not reader_is_gone():
             raise
@@ -77,6 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("command", nargs="?")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--config-dir", action="append", default=[], metavar="DIR")
+    parser.add_argument("--config", metavar="FILE")
     parser.add_argument("--debug", action="store_true")
     parser.add_argument("-h", "--help", action="store_true")
     return parser
@@ -102,10 +109,11 @@ def overview(parser: argparse.ArgumentParser) -> str:
         "usage: llmtrain <command> [--config-dir DIR] [--debug] [group=option] [key=value] ...",
         "",
         "commands:",
-        *(f"  {name:9}{summary}" for name, summary in SUMMARIES.items()),
+        *(f"  {name:11}{summary}" for name, summary in SUMMARIES.items()),
         "",
         "`llmtrain <command> --help` lists its groups, options and keys.",
         "--config-dir DIR   search DIR for group options too (DIR/mixer/mine.yaml), repeatable",
+        "--config FILE      a resolved configuration (config.yaml of a run) instead of overrides",
         "--debug            show the traceback of an error (also: LLMTRAIN_DEBUG=1)",
     ]
     return "\n".join(lines)

@@ -16,9 +16,17 @@ from llmtrain.exits import FINISHED, STOPPED
 SPREAD = ("train", "eval")
 
 
-def run(command: str, overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> int:
-    """Compose, check and carry out one command; returns the exit code (exits.py)."""
-    from llmtrain.config import compose
+def run(
+    command: str,
+    overrides: Sequence[str],
+    config_dirs: Sequence[str | Path],
+    config_file: str | None = None,
+) -> int:
+    """Compose, check and carry out one command; returns the exit code (exits.py).
+
+    config_file: a resolved configuration, which needs no composing.
+    """
+    from llmtrain.config import compose, reload
     from llmtrain.distributed import discover
     from llmtrain.shared_config import shared
 
@@ -28,7 +36,24 @@ def run(command: str, overrides: Sequence[str], config_dirs: Sequence[str | Path
             f"llmtrain {command}: got {world.size} ranks, expected one process; start it without "
             "torchrun or srun"
         )
-    with shared(world, lambda: compose(command, overrides, config_dirs=config_dirs)) as config:
+    if config_file and (overrides or command == "launch"):
+        raise ValueError(
+            f"--config: {config_file} is complete, got {' '.join([command, *overrides])!r}, "
+            "expected a command without overrides (and not launch, which makes such files); change "
+            "the file, or give all overrides without --config"
+        )
+    if command == "launch":  # its overrides are in part those of other commands
+        from llmtrain.slurm.launch import launch
+
+        launch(overrides, config_dirs)
+        return FINISHED
+
+    def configuration() -> dict:
+        if config_file:
+            return reload(command, config_file)
+        return compose(command, overrides, config_dirs=config_dirs)
+
+    with shared(world, configuration) as config:
         return COMMANDS[command](config) or FINISHED
 
 
@@ -70,4 +95,31 @@ def plan(config: dict) -> None:
     print(describe(result, tokens_per_second(result, config["plan"])))
 
 
-COMMANDS = {"prep": prep, "train": train, "eval": evaluate, "generate": generate, "plan": plan}
+def preflight(config: dict) -> int:
+    from llmtrain.slurm.preflight import run_preflight
+
+    return run_preflight(config)
+
+
+def status(config: dict) -> None:
+    from llmtrain.slurm.status import show_status
+
+    show_status(config)
+
+
+def logs(config: dict) -> None:
+    from llmtrain.slurm.logs import show_logs
+
+    show_logs(config)
+
+
+COMMANDS = {
+    "prep": prep,
+    "train": train,
+    "eval": evaluate,
+    "generate": generate,
+    "plan": plan,
+    "preflight": preflight,
+    "status": status,
+    "logs": logs,
+}

@@ -69,6 +69,18 @@ def compose(
     return config
 
 
+def reload(command: str, file: str | Path) -> dict:
+    """A resolved configuration of a command, as save() wrote it, checked again."""
+    config = load(file)
+    if not isinstance(config, dict) or not {"choices", "overrides"} <= config.keys():
+        raise ValueError(
+            f"--config: {file} is no resolved configuration, expected the config.yaml of a run or "
+            f"of a submission of `llmtrain launch`; overrides go without --config"
+        )
+    validate(command, config, raw=config, typed=[])
+    return config
+
+
 def has_idle_position(raw: DictConfig, choices: dict[str, str]) -> bool:
     """Whether the position is rotary though no mixer reads angles: a default that nobody typed then
     gives way to position=none."""

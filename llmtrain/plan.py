@@ -50,15 +50,8 @@ def make_plan(config: dict, *, ranks: int = 1) -> Plan:
         device="meta",
         compute_dtype=build.DTYPES[train["precision"]],
     )
-    seq_len = train["seq_len"]
-    rows = train["global_batch_tokens"] // seq_len
-    micro_batch = train["micro_batch"] or 1
-    if rows % (ranks * micro_batch):
-        raise ValueError(
-            f"train.global_batch_tokens: got {rows} rows of train.seq_len={seq_len}, expected a "
-            f"multiple of {ranks} ranks x {micro_batch} rows a micro-batch; change it, the number "
-            "of ranks, or train.micro_batch"
-        )
+    seq_len, micro_batch = train["seq_len"], train["micro_batch"] or 1
+    rows = check_ranks(config, ranks)
 
     optimizer = build.part(config["optimizer"], build.label(config, "optimizer")).memory(model)
 
@@ -97,6 +90,21 @@ def make_plan(config: dict, *, ranks: int = 1) -> Plan:
         steps=steps,
         tokens=steps * train["global_batch_tokens"],
     )
+
+
+def check_ranks(config: dict, ranks: int) -> int:
+    """Rows of a global batch. ValueError when they do not divide among the ranks and
+    micro-batches."""
+    train = config["train"]
+    rows = train["global_batch_tokens"] // train["seq_len"]
+    micro_batch = train["micro_batch"] or 1
+    if rows % (ranks * micro_batch):
+        raise ValueError(
+            f"train.global_batch_tokens: got {rows} rows of train.seq_len={train['seq_len']}, "
+            f"expected a multiple of {ranks} ranks x {micro_batch} rows a micro-batch; change it, "
+            "the number of ranks, or train.micro_batch"
+        )
+    return rows
 
 
 def tokens_per_second(plan: Plan, wanted: dict) -> float | None:

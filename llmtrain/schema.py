@@ -192,12 +192,76 @@ class GenerateConfig:
     precision: Precision
 
 
+@dataclass(frozen=True, kw_only=True)
+class Preflight:
+    enabled: bool
+    timeout_seconds: int
+    gemm_share: float | None
+    all_reduce_share: float | None
+    clock_seconds: float
+    disk_gib: float
+    disk_mib_per_second: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    nodes: int
+    min_nodes: int | None
+    gpus: int
+    tasks_per_node: int | None
+    gpu_request: Literal["gpus-per-node", "gres"]
+    partition: str | None
+    account: str | None
+    qos: str | None
+    time: int | str | None
+    cpus_per_task: int | None
+    mem: int | str | None
+    constraint: str | None
+    exclude: list[str]
+    signal_seconds: int
+    max_restarts: int
+    setup: list[str]
+    sbatch: list[str]
+    srun: list[str]
+    python: str | None
+    chain: list[Literal["prep", "train", "eval"]]
+    array_limit: int | None
+    dry_run: bool
+    preflight: Preflight
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreflightConfig(LaunchConfig):
+    run_dir: str
+    out: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusConfig:
+    run_dir: str | None
+    root: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogsConfig:
+    run_dir: str
+    rank: int | list[int] | None
+    since: str | None
+    step: int | None
+    tail: int | None
+    follow: bool
+
+
 COMMANDS = {
     "prep": PrepConfig,
     "train": TrainConfig,
     "eval": EvalConfig,
     "generate": GenerateConfig,
     "plan": PlanConfig,
+    "launch": LaunchConfig,
+    "preflight": PreflightConfig,
+    "status": StatusConfig,
+    "logs": LogsConfig,
 }
 
 

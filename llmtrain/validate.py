@@ -23,6 +23,8 @@ MISSING = "???"  # a value that only `llmtrain prep` needs
 READ_BY_BUILD = {"d_model", "n_layers", "vocab_size", "vocab_multiple", "max_seq_len"}
 # What `llmtrain prep` reads of the configuration that it shares with `llmtrain train`.
 READ_BY_PREP = ("data", "tokenizer", "overwrite", "experiment")
+# Commands of llmtrain.slurm, which checks what its own keys mean together.
+SLURM = ("launch", "preflight", "status", "logs")
 
 
 def validate(command: str, config: dict, raw: dict, typed: list[Override]) -> None:
@@ -32,6 +34,9 @@ def validate(command: str, config: dict, raw: dict, typed: list[Override]) -> No
     """
     written = {key: config[key] for key in config if key not in ("choices", "overrides")}
     check_section(written, schema.COMMANDS[command], "")
+    if command in SLURM:
+        check_slurm(config)
+        return
     if command == "generate":
         check_generate(config, typed)
         return
@@ -243,6 +248,13 @@ def check_weights(data: dict) -> None:
             f"of data.sources: {', '.join(sorted(sources))}; add or remove weights"
         )
     positive(weights, weights, "data.weights")
+
+
+def check_slurm(config: dict) -> None:
+    """Limits of the node check, and what of the logs is shown, are positive."""
+    positive(config, [key for key in ("step", "tail", "array_limit") if key in config], "")
+    limits = config.get("preflight", {})
+    positive(limits, [key for key in limits if key != "enabled"], "preflight")
 
 
 def check_prep(typed: list[Override]) -> None:

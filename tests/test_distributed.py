@@ -47,7 +47,7 @@ def test_srun():
         "WORLD_SIZE": "8",
         "LOCAL_RANK": "1",
         "MASTER_ADDR": "gpu003",
-        "MASTER_PORT": "20123",
+        "MASTER_PORT": "24123",
     }
 
 

@@ -18,7 +18,7 @@ TOPS = {
 
 
 def test_every_package_is_installed():
-    found = {"llmtrain.configs"}
+    found = {"llmtrain.configs", "llmtrain.slurm.templates"}
     for name, root in TOPS.items():
         for file in (root / name).rglob("__init__.py"):
             found.add(".".join(file.parent.relative_to(root).parts))
@@ -32,12 +32,13 @@ def test_every_folder_of_modules_is_a_package():
 
 
 def test_every_data_file_is_installed():
-    """YAML files lie at most one folder below configs/ and in the tasks folder of evaluation."""
+    """YAML files lie at most one folder below configs/ and in the tasks folder of evaluation, files
+    for sbatch in slurm/."""
     data = PROJECT["tool"]["setuptools"]["package-data"]
     for name, patterns in data.items():
         folder = ROOT / PROJECT["tool"]["setuptools"]["package-dir"][name]
         installed = {file for pattern in patterns for file in folder.glob(pattern)}
-        assert installed >= set(folder.rglob("*.yaml")), name
+        assert installed >= {*folder.rglob("*.yaml"), *folder.rglob("*.sbatch")}, name
 
 
 def test_what_we_name_is_pinned():

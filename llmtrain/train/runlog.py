@@ -35,6 +35,8 @@ from llmtrain.train.tracker import Tracker
 
 log = logging.getLogger(__name__)
 
+# Beside the packages that `llmtrain launch` copied (llmtrain/slurm/snapshot.py).
+SNAPSHOT_FACTS = "code.json"
 LOGGERS = ("llmtrain", "llmtrain_kernels")
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "tokenizers", "triton", "flash-attn")
 
@@ -226,8 +228,13 @@ def console_line(step: int, total: int, kind: str, values: dict[str, float]) -> 
 
 
 def git_state() -> tuple[str | None, str]:
-    """(commit, uncommitted changes) of this package's checkout; (None, "") without one."""
+    """(commit, uncommitted changes) of this package's checkout, or of the one it was copied from by
+    `llmtrain launch`; (None, "") without one."""
     root = Path(llmtrain.__file__).resolve().parents[1]
+    if (root / SNAPSHOT_FACTS).exists():
+        facts = json.loads((root / SNAPSHOT_FACTS).read_text(encoding="utf-8"))
+        changes = root / "git.diff"
+        return facts["commit"], changes.read_text(encoding="utf-8") if changes.exists() else ""
     if not (root / ".git").exists():
         return None, ""
 

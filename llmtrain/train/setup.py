@@ -51,17 +51,23 @@ class Setup:
     faults: tuple[Fault, ...]
 
     @classmethod
-    def check(cls, config: dict, world: World, device: torch.device) -> Setup:
-        """Build all small parts of a configuration. ValueError: what does not fit."""
+    def check(
+        cls, config: dict, world: World, device: torch.device, *, elsewhere: bool = False
+    ) -> Setup:
+        """Build all small parts of a configuration. ValueError: what does not fit.
+
+        elsewhere: it will run on other machines, so nothing is asked of this one's devices.
+        """
         config = settle(config)
         knobs, data, guard = config["train"], config["data"], config["guard"]
         zero = build.part(config["deepspeed"], build.label(config, "deepspeed"))
         optimizer = build.part(config["optimizer"], build.label(config, "optimizer"))
         optimizer.check_stage(zero.stage)
         one_row = {**config, "train": {**knobs, "micro_batch": 1}}
-        micro_batch = choose_micro_batch(
-            knobs["micro_batch"], make_plan(one_row, ranks=world.size), zero.stage, device
-        )
+        plan = make_plan(one_row, ranks=world.size)
+        ask = not elsewhere or device.type == "cpu"
+        given = knobs["micro_batch"] if ask else knobs["micro_batch"] or 1
+        micro_batch = choose_micro_batch(given, plan, zero.stage, device)
         chosen = {**config, "train": {**knobs, "micro_batch": micro_batch}}
         plan = make_plan(chosen, ranks=world.size)
         corpus = Path(data["root"]) / data["name"]
@@ -69,7 +75,7 @@ class Setup:
         splits = Manifest.load(corpus).splits
         loader = TokenLoader.open(corpus, "train", weights=data["weights"], **order)
         check_rows(loader, plan.rows, world.size, micro_batch)
-        backends = kernel_backends(config, device, loader.vocab_size)
+        backends = kernel_backends(config, device, loader.vocab_size) if ask else {}
         check_writable(Path(config["run_dir"]))
         return cls(
             config=config,
@@ -131,11 +137,11 @@ class Setup:
         """FLOPs of a training token."""
         return train_flops_per_token(self.build_module("meta").model, self.plan.seq_len)
 
-    def describe(self) -> str:
-        """The plan and the groups of the optimizer."""
+    def describe(self, rate: float | None = None) -> str:
+        """The plan and the groups of the optimizer. rate: tokens per second, for the hours."""
         groups = self.optimizer.describe(self.build_module("meta"))
         chosen = ", ".join(f"{part}: {name}" for part, name in self.backends.items())
-        lines = [describe(self.plan), "optimizer groups", groups]
+        lines = [describe(self.plan, rate), "optimizer groups", groups]
         return "\n".join(lines + ([f"kernel backends  {chosen}"] if chosen else []))
 
 

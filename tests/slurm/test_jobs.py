@@ -1,0 +1,105 @@
+"""What else happens to jobs: cancelled, refused, on bad nodes, in sweeps and chains."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from llmtrain import checkpoint
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+
+
+SHORT = 12
+
+
+@pytest.fixture(scope="module")
+def short(tiny) -> tuple[str, ...]:
+    """After tiny: a training of 12 steps."""
+    (rows,) = (int(key.partition("=")[2]) for key in tiny if "global_batch" in key)
+    return (f"train.total_tokens={SHORT * rows}",)
+
+
+def test_what_cannot_run_is_refused_at_submission(slurm, prepared, tiny, tmp_path):
+    def refused(*arguments: str) -> str:
+        run_dir = f"run_dir={tmp_path / 'run'}"
+        return slurm.run("llmtrain", "launch", *arguments, run_dir, *prepared, *tiny, ok=False)
+
+    before = slurm.jobs()
+    said = refused("partition=hihg")
+    assert "partition: got 'hihg'" in said
+    assert "low, high. Did you mean 'high'?" in said
+    assert "Traceback" not in said
+    assert "nodes: got 6, expected at most 3" in refused("partition=low", "nodes=6")
+    assert slurm.jobs() == before
+    assert not list(tmp_path.rglob("job.sbatch"))
+
+
+def test_cancelled_job_saves_and_another_job_is_refused(slurm, prepared, tiny, tmp_path):
+    run_dir = tmp_path / "run"
+    typed = ("partition=low", f"run_dir={run_dir}", *prepared, *tiny, "train.save_every=10000")
+    job = slurm.launch(*typed, "preflight.enabled=false")
+    slurm.at_step(run_dir, 20)
+
+    refused = slurm.run("llmtrain", "launch", *typed, ok=False)
+    assert re.search(f"run_dir: .* job {job} already", refused)
+    assert slurm.jobs()[-1] == job
+
+    slurm.run("scancel", str(job))
+    assert slurm.wait_for(job, "CANCELLED")["Restarts"] == "0"
+    (saved,) = checkpoint.list_checkpoints(run_dir)
+    assert saved[0] >= 20
+    checkpoint.verify(saved[1])
+    assert [line["action"] for line in slurm.decisions(run_dir)] == ["end"]
+    status = slurm.run("llmtrain", "status", f"run_dir={run_dir}")
+    assert "stopped" in status
+    assert f"{saved[0]} (" in status
+
+
+def test_bad_node_is_named_and_left_out(slurm, prepared, tiny, short, tmp_path):
+    run_dir = tmp_path / "run"
+    slurm.fill_disk("n2")
+    typed = ("nodes=2", "partition=low", f"run_dir={run_dir}")
+    job = slurm.launch(*typed, *prepared, *tiny, *short)
+    slurm.wait_for(job, "COMPLETED", restarts=1, timeout=150)
+
+    first, second = slurm.decisions(run_dir)
+    assert (first["action"], first["cause"], first["exclude"]) == ("requeue", "bad node", ["n2"])
+    assert "bad node n2" in first["reason"]
+    assert (second["action"], second["nodes"]) == ("done", ["n1", "n3"])
+    assert slurm.job(job)["ExcNodeList"] == "n2"
+    assert "bad node n2" in slurm.run("llmtrain", "logs", f"run_dir={run_dir}")
+    assert slurm.steps(run_dir) == list(range(1, SHORT + 1))
+
+
+def test_sweep_is_an_array_of_jobs(slurm, prepared, tiny, short, tmp_path):
+    run_dir = tmp_path / "sweep"
+    typed = ("partition=low", "preflight.enabled=false", f"run_dir={run_dir}")
+    job = slurm.launch(*typed, *prepared, *tiny, *short, "sweep.optimizer.lr=[1e-3,3e-4]")
+    for task in (0, 1):
+        slurm.wait_for(f"{job}_{task}", "COMPLETED", timeout=120)
+
+    status = slurm.run("llmtrain", "status", f"root={run_dir}")
+    rates = set()
+    for point in ("optimizer.lr-0.001", "optimizer.lr-0.0003"):
+        assert slurm.steps(run_dir / point) == list(range(1, SHORT + 1))
+        assert re.search(rf"{point} +finished +{SHORT}/{SHORT} ", status)
+        first, *_ = slurm.lines(run_dir / point / "ledger.jsonl")
+        rates.add(first["lr"])
+    assert len(rates) == 2
+
+
+def test_chain_of_prep_train_and_eval(slurm, corpus, tiny, short, tmp_path):
+    run_dir = tmp_path / "run"
+    data = [f"data.root={tmp_path / 'data'}" if "data.root" in key else key for key in corpus]
+    evaluation = ("eval.tasks=[bits_per_byte]", "eval.bits_per_byte.max_tokens=300")
+    typed = ("partition=low", "preflight.enabled=false", "chain=[prep,train,eval]", *evaluation)
+    job = slurm.launch(*typed, f"run_dir={run_dir}", *data, *tiny, *short)
+    slurm.wait_for(job + 1, "COMPLETED", timeout=150)
+
+    assert [slurm.job(number)["JobState"] for number in (job - 1, job)] == ["COMPLETED"] * 2
+    assert slurm.steps(run_dir)[-1] == SHORT
+    (result,) = run_dir.rglob("eval/results.json")
+    assert json.loads(result.read_text())["bits_per_byte"] is not None

@@ -65,6 +65,7 @@ WRITTEN = (
     "metrics.jsonl",
     "ledger.jsonl",
     "faults",
+    "hangs",
     "run.log",
     "summary.json",
     "tensorboard",

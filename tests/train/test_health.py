@@ -31,7 +31,7 @@ def ranks(count: int) -> list[Identity]:
 
 
 def number(tensor: torch.Tensor) -> int:
-    return int(fingerprint(tensor, multipliers(health.CHUNK, CPU)))
+    return int(fingerprint(tensor, multipliers(100, CPU)))
 
 
 @pytest.mark.parametrize(

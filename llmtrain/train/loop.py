@@ -207,6 +207,7 @@ class Run:
         """Forward and backward of this rank's micro-batches, and the update."""
         self.watch.begin_step(self.step + 1)
         micros = next(batches)
+        self.watch.at("forward")
         self.stragglers.begin(self.step + 1, batches.waited_seconds)
         self.meter.waited += batches.waited_seconds
         for text in self.faults.starting(self.step + 1, self.step):

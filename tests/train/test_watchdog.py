@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +18,7 @@ import pytest
 
 from llmtrain.distributed import World
 from llmtrain.exits import FAILURE, HUNG
-from llmtrain.train import hang_report
+from llmtrain.train import hang_report, watchdog
 from llmtrain.train.processes import ALIVE, ENDED, Identity, start_ticks, state_of
 from llmtrain.train.watchdog import Watch, Watchdog, collective_timeout, nccl_status, within
 
@@ -99,6 +101,54 @@ def test_killed_rank_is_named_in_the_others_error(hung):
     assert not (hung / "killed" / "hangs").exists()
 
 
+def run_ranks(ranks: int, overrides: list[str]) -> list[subprocess.CompletedProcess]:
+    """`llmtrain train` on each rank, without a launcher that ends them all when one does."""
+    path = os.pathsep.join(str(ROOT / package) for package in ("", "kernels", "data_prep", "eval"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(ranks)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    command = [sys.executable, "-m", "llmtrain.cli", "train", *overrides]
+    started = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    outputs = [process.communicate(timeout=200) for process in started]
+    return [
+        subprocess.CompletedProcess(command, process.returncode, *output)
+        for process, output in zip(started, outputs)
+    ]
+
+
+def test_training_that_hangs_ends_with_its_own_exit_code(corpus, small, tmp_path):
+    limits = ["health.hang_seconds=8", "health.first_step_seconds=100"]
+    run_dir = tmp_path / "run"
+    overrides = [*corpus, *small, *limits, "guard.inject=[hang@7:rank1]", f"run_dir={run_dir}"]
+    ended = run_ranks(2, overrides)
+    assert [rank.returncode for rank in ended] == [HUNG, HUNG], ended
+    (path,) = (run_dir / "hangs").glob("*/verdict.txt")
+    said = path.read_text()
+    assert re.search(r"(?m)^lags    rank 1 .*step 7, forward, .*llmtrain/train/faults.py", said)
+    assert re.search(r"(?m)^waits   rank 0 .*step 7, reduce, .*waits for other ranks in", said)
+    assert said in ended[0].stderr
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step-00000005\n"
+
+
+@pytest.mark.slow
+def test_training_whose_rank_is_killed(corpus, small, tmp_path):
+    overrides = [*corpus, *small, "guard.inject=[kill@7:rank1]", f"run_dir={tmp_path / 'run'}"]
+    survivor, killed = run_ranks(2, overrides)
+    assert (survivor.returncode, killed.returncode) == (FAILURE, KILLED), survivor
+    assert re.search(r"llmtrain: rank 1 \(host \S+, pid \d+\) has ended, and", survivor.stderr)
+
+
 def make(tmp_path: Path, watch: Watch, **limits: float) -> Watchdog:
     settings = {"hang_seconds": 600.0, "first_step_seconds": 1800.0} | limits
     return Watchdog(watch, World(rank=0, size=1, local_rank=0), tmp_path, **settings)
@@ -106,20 +156,20 @@ def make(tmp_path: Path, watch: Watch, **limits: float) -> Watchdog:
 
 def test_limits_of_first_steps_and_saves(tmp_path):
     watch = Watch()
-    watchdog = make(tmp_path, watch)
-    assert watchdog.limit_of(watch.mark) == 1800
+    guardian = make(tmp_path, watch)
+    assert guardian.limit_of(watch.mark) == 1800
     seen = []
     for step in (11, 12, 13):
         watch.begin_step(step)
-        seen.append(watchdog.limit_of(watch.mark))
+        seen.append(guardian.limit_of(watch.mark))
     assert seen == [1800, 1800, 600]
     assert watch.mark[:2] == ("data", 13)
     watch.at("validate", slow=True)
-    assert watchdog.limit_of(watch.mark) == 1800
+    assert guardian.limit_of(watch.mark) == 1800
     watch.at("validate")
-    assert watchdog.limit_of(watch.mark) == 600
+    assert guardian.limit_of(watch.mark) == 600
     watch.at("save")
-    assert watchdog.limit_of(watch.mark) == 1800
+    assert guardian.limit_of(watch.mark) == 1800
 
 
 def test_process_group_waits_longer_than_the_watchdog():
@@ -166,6 +216,26 @@ def test_action_that_hangs_or_fails_is_given_up(capfd):
     assert within(5, lambda: 7) == 7
     assert within(5, lambda: 1 / 0) is None
     assert "ZeroDivisionError" in capfd.readouterr().err
+
+
+def test_rank_that_is_gone_while_this_one_waits(tmp_path, monkeypatch):
+    """NCCL may not notice: then the watchdog does, long before its limit."""
+    child = subprocess.Popen(["sleep", "60"])
+    own = Identity.own(0)
+    peer = dataclasses.replace(own, rank=1, pid=child.pid, started=start_ticks(child.pid))
+    ended: list[tuple[str, int]] = []
+    monkeypatch.setattr(watchdog, "ORPHANED", 0.5)
+    monkeypatch.setattr(Watchdog, "waits", lambda self: True)
+    monkeypatch.setattr(Watchdog, "end", lambda self, *said: ended.append(said))
+    watched = make(tmp_path, Watch(), grace=2.0)
+    watched.ranks = [own, peer]
+    with watched:
+        time.sleep(1.5)
+        assert not ended
+        child.kill()
+        wait_for(lambda: ended)
+    child.wait()
+    assert ended[0] == (f"{peer} has ended, and this rank waits for it", FAILURE)
 
 
 def test_states_of_processes():

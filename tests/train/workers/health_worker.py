@@ -1,8 +1,8 @@
 """Trainings of three ranks, one of which drifts apart or is slow: health_worker.py OUT OVERRIDE...
 
-OUT/zero3: a healthy training, compared after every step. OUT/flipped: rank BAD_RANK changes one bit
-of one weight after step BAD_STEP; OUT/flipped-rank<R>.txt: what each rank said. OUT/slow: in the
-steps SLOW its forward passes take long, and so does the data of rank STARVED_RANK.
+OUT/healthy: a training, compared after every step. OUT/zero<S>: rank BAD_RANK changes one bit of
+one weight after step BAD_STEP; OUT/zero<S>-rank<R>.txt: what each rank said. OUT/slow: in the steps
+SLOW its forward passes take long, and so does the data of rank STARVED_RANK.
 """
 
 from __future__ import annotations
@@ -71,13 +71,16 @@ def main() -> None:
     def configure(name: str, *more: str) -> dict:
         return compose("train", [*overrides, f"run_dir={out / name}", *more])
 
-    train(configure("zero3", "deepspeed=zero3", "health.compare_every=1"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "update", flip_at(BAD_STEP))
-        try:
-            train(configure("flipped", "deepspeed=zero0", "health.compare_every=4"))
-        except RunFailed as error:
-            (out / f"flipped-rank{RANK}.txt").write_text(str(error))
+    train(configure("healthy", "deepspeed=zero3", "health.compare_every=1"))
+    # At stage 3 the copies are renewed from the owner's part in every step.
+    for stage, compare_every in (("zero0", 4), ("zero3", BAD_STEP)):
+        more = f"deepspeed={stage}", f"health.compare_every={compare_every}"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Engine, "update", flip_at(BAD_STEP))
+            try:
+                train(configure(stage, *more))
+            except RunFailed as error:
+                (out / f"{stage}-rank{RANK}.txt").write_text(str(error))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "accumulate", slow_forward())
         patch.setattr(Prefetcher, "step", slow_data())

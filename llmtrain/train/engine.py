@@ -186,7 +186,7 @@ class Engine:
         self.watch.lap("forward")
         self.watch.at("backward")
         loss_sum = loss_sum * (self.loss_scale * spoil.gradient)
-        if last:
+        if last and self.world.size > 1:
             loss_sum.register_hook(self.when_backward_ends)
         self.engine.backward(loss_sum, scale_wrt_gas=False)
         if spoil.loss != 1.0:  # NaN too

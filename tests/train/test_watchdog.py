@@ -190,10 +190,11 @@ def test_without_a_limit_there_is_no_thread(tmp_path):
 
 
 def test_marks_and_thread_cost_next_to_nothing(tmp_path):
-    """A step of 4 micro-batches sets 14 marks or less: under 5 us of processor time."""
-    watch, steps, marks = Watch(), 2000, 14
+    """A step sets 4 marks and 2 for each micro-batch. Of one micro-batch: below 3 us when measured
+    alone; here on processors that others use too. The thread: below 0.1 % of one."""
+    watch, steps, marks = Watch(), 2000, 8
     best = min(cost_of_marks(watch, steps, marks) for _ in range(5))
-    assert best / steps < 10e-6  # of a processor that is shared; README has the measured value
+    assert best / steps < 10e-6
     with make(tmp_path, watch):
         began = time.process_time()
         time.sleep(1)

@@ -148,7 +148,7 @@ def check_sizes(config: dict) -> None:
 
 
 def check_health(health: dict, typed: list[Override]) -> None:
-    """Numbers are positive, a factor is more than one, and none is given for a check that is off."""
+    """Numbers are positive, a factor is above one, and none is given for a check that is off."""
     numbers = [key for key, value in health.items() if type(value) in (int, float)]
     positive(health, numbers, "health")
     factor = health["straggler_factor"]

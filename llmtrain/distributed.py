@@ -7,6 +7,7 @@ ones make it search for MPI).
 from __future__ import annotations
 
 import atexit
+import os
 import re
 import socket
 from collections.abc import MutableMapping
@@ -19,6 +20,8 @@ import torch.distributed as dist
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 # The first step may compile for long while other ranks wait.
 TIMEOUT = timedelta(minutes=30)
+# A failed collective ends the process; the last collectives are remembered, for a hang's report.
+NCCL = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "1", "TORCH_FR_BUFFER_SIZE": "2000"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +101,10 @@ def choose_device(name: str, world: World, *, key: str = "train.device") -> torc
     return torch.device("cuda", world.local_rank)
 
 
-def start(world: World, device: torch.device) -> None:
+def start(world: World, device: torch.device, timeout: timedelta = TIMEOUT) -> None:
     """Join the process group: NCCL between GPUs, gloo between CPU processes.
+
+    timeout: of a collective; the watchdog (llmtrain.train.watchdog) reports a hang before it.
 
     It is left at the end of the process, not of a training: DeepSpeed keeps its first group.
     """
@@ -107,12 +112,18 @@ def start(world: World, device: torch.device) -> None:
         torch.cuda.set_device(device)
     if dist.is_initialized():
         return
+    if device.type == "cuda":
+        for name, value in NCCL.items():
+            os.environ.setdefault(name, value)
+        # torch's own monitor would end the process, without a report, before the watchdog does
+        seconds = str(int(timeout.total_seconds()))
+        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", seconds)
     atexit.register(leave)  # without it ranks may abort at exit
     dist.init_process_group(
         BACKENDS[device.type],
         rank=world.rank,
         world_size=world.size,
-        timeout=TIMEOUT,
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
 

@@ -53,6 +53,10 @@ class Guard:
 
 @dataclass(frozen=True, kw_only=True)
 class Health:
+    hang_seconds: float | None
+    first_step_seconds: float
+    compare_every: int | None
+    straggler_factor: float | None
     optimizer_check: bool
     optimizer_check_elements: int
 

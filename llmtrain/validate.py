@@ -153,8 +153,15 @@ def check_sizes(config: dict) -> None:
 
 
 def check_health(health: dict, typed: list[Override]) -> None:
-    """Numbers are positive, and none is given for a check that is off."""
-    positive(health, ["optimizer_check_elements"], "health")
+    """Numbers are positive, a factor is above one, and none is given for a check that is off."""
+    numbers = [key for key, value in health.items() if type(value) in (int, float)]
+    positive(health, numbers, "health")
+    factor = health["straggler_factor"]
+    if factor is not None and factor <= 1:
+        raise ValueError(
+            f"health.straggler_factor: got {factor}, expected more than 1 (1.3: steps take 30 % "
+            "longer), or null; set health.straggler_factor=1.3"
+        )
     override = given(typed, "health.optimizer_check_elements")
     if override and not health["optimizer_check"]:
         raise ValueError(

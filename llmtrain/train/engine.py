@@ -25,6 +25,7 @@ from types import ModuleType
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import Variable
 
 from llmtrain.data.batch import MicroBatch
 from llmtrain.distributed import BACKENDS, TIMEOUT, World
@@ -43,6 +44,7 @@ from llmtrain.train.muon import OrthogonalMomentum
 from llmtrain.train.partitions import FlatPartitions, Fragment, Replicated, WeightPartitions
 from llmtrain.train.reference import Step
 from llmtrain.train.truth import OptimizerCheck
+from llmtrain.train.watchdog import Watch
 from llmtrain.train.zero import Zero0, deepspeed_config
 
 
@@ -133,8 +135,9 @@ class Engine:
     """One model in training on this rank, which has joined the process group (distributed.start).
 
     step_tokens: tokens of a full global batch; grad_clip: None for no clipping; check: of the first
-    step that is applied. The optimizer is built over the module's own parameters, before any of
-    this. shapes: name -> shape of every parameter and persistent buffer, before any partitioning.
+    step that is applied; watch: is told where a step stands. The optimizer is built over the
+    module's own parameters, before any of this. shapes: name -> shape of every parameter and
+    persistent buffer, before any partitioning.
     """
 
     def __init__(
@@ -149,10 +152,12 @@ class Engine:
         step_tokens: int,
         grad_clip: float | None,
         check: OptimizerCheck | None = None,
+        watch: Watch | None = None,
     ):
         deepspeed = load_deepspeed(device)
         deepspeed.init_distributed(BACKENDS[device.type], timeout=TIMEOUT)
         self.world, self.device = world, device
+        self.watch = watch or Watch()
         self.step_tokens, self.grad_clip = step_tokens, grad_clip
         self.check, self.steps_before = check, 0
         # The true number of tokens is known only after the step's all-reduce; update() corrects.
@@ -198,8 +203,13 @@ class Engine:
         spoil: what a fault on purpose multiplies.
         """
         self.engine.set_gradient_accumulation_boundary(last)
+        self.watch.at("forward")
         loss_sum, sums, aux = self.engine(micro)
+        self.watch.lap("forward")
+        self.watch.at("backward")
         loss_sum = loss_sum * (self.loss_scale * spoil.gradient)
+        if last and self.world.size > 1:
+            loss_sum.register_hook(self.when_backward_ends)
         self.engine.backward(loss_sum, scale_wrt_gas=False)
         if spoil.loss != 1.0:  # NaN too
             sums[:2] *= spoil.loss
@@ -209,6 +219,14 @@ class Engine:
             into = self.channel_sums if name.startswith("sum/") else self.aux
             into[name] = into[name] + value if name in into else value
         self.micro_steps += 1
+
+    def when_backward_ends(self, grad: Tensor) -> None:
+        """What follows the backward pass is the sum over ranks."""
+        Variable._execution_engine.queue_callback(self.backward_ended)
+
+    def backward_ended(self) -> None:
+        self.watch.lap("backward")
+        self.watch.at("reduce")
 
     @torch.no_grad()
     def update(self, ratio: float, *, stop: bool = False, limits: Limits = NO_LIMITS) -> Pending:
@@ -237,6 +255,7 @@ class Engine:
         # and nothing is updated, the step count included, when found_inf is 1.
         self.optimizer.grad_scale = (scale / correction).to(torch.float32)
         self.optimizer.found_inf = (~applied).to(torch.float32)
+        self.watch.at("update")
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * ratio
         if self.check is not None:
@@ -268,6 +287,7 @@ class Engine:
         self.module.eval()
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device)
         for micro in batches:
+            self.watch.at("validate")
             sums += self.engine(micro)[1]
         self.module.train()
         self.all_reduce(sums)

@@ -31,6 +31,8 @@ from llmtrain.train.batches import HeldOut
 from llmtrain.train.checkpoint import CheckpointWriter
 from llmtrain.train.engine import Engine, Pending, bits_per_byte
 from llmtrain.train.guard import Guard, Limits
+from llmtrain.train.health import Comparison, number_of
+from llmtrain.train.lock import RunLock
 from llmtrain.train.meter import Meter, peak_memory
 from llmtrain.train.module import TrainModule
 from llmtrain.train.rollback import Course
@@ -38,6 +40,8 @@ from llmtrain.train.runlog import LOGGERS, RunLog
 from llmtrain.train.schedule import announce_resume
 from llmtrain.train.setup import Setup
 from llmtrain.train.stopping import StopRequest
+from llmtrain.train.stragglers import Stragglers, own_work_ends
+from llmtrain.train.watchdog import Watch, Watchdog, collective_timeout
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +65,15 @@ def train(config: dict) -> dict:
     if config["train"]["deterministic"]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(config["train"]["deterministic"])
-    distributed.start(world, device)
-    with StopRequest() as stop:
-        run = Run(setup, stop)
+    distributed.start(world, device, collective_timeout(config["health"]))
+    watch = Watch()
+    limits = {key: config["health"][key] for key in ("hang_seconds", "first_step_seconds")}
+    with (
+        RunLock(setup.run_dir, world),
+        StopRequest() as stop,
+        Watchdog(watch, world, setup.run_dir, **limits) as watchdog,
+    ):
+        run = Run(setup, stop, watchdog)
         try:
             return run.train()
         finally:
@@ -73,8 +83,8 @@ def train(config: dict) -> dict:
 class Run:
     """One start of a run: built fresh or from a checkpoint, then train()."""
 
-    def __init__(self, setup: Setup, stop: StopRequest):
-        self.setup, self.stop = setup, stop
+    def __init__(self, setup: Setup, stop: StopRequest, watchdog: Watchdog):
+        self.setup, self.stop, self.watch = setup, stop, watchdog.watch
         self.world, self.device = setup.world, setup.device
         self.knobs = setup.config["train"]
         self.rows = setup.plan.rows
@@ -103,6 +113,7 @@ class Run:
             step_tokens=self.step_tokens,
             grad_clip=self.knobs["grad_clip"],
             check=check,
+            watch=self.watch,
         )
         self.meter = Meter(
             step_tokens=self.step_tokens,
@@ -123,6 +134,16 @@ class Run:
             parameters=self.engine.shapes,
             corpus_files={name: setup.corpus / name for name in (TOKENIZER_FILE, TOKEN_BYTES_FILE)},
         )
+        self.health = setup.config["health"]
+        self.comparison = Comparison(module, self.world, watchdog.ranks)
+        self.stragglers = Stragglers(
+            self.world,
+            watchdog.ranks,
+            self.device,
+            factor=self.health["straggler_factor"],
+            ends=own_work_ends(setup.zero),
+        )
+        self.watch.lap = self.stragglers.clock.lap
         self.held_out = None
         if setup.held_out is not None:
             self.held_out = HeldOut(
@@ -218,11 +239,15 @@ class Run:
 
     def steps(self, batches: Prefetcher) -> None:
         """Steps, validations and checkpoints to the end, a stop, or the need to go back."""
+        self.compare()
         while self.step < self.setup.plan.steps and not self.stopping:
             self.one_step(batches)
             if self.step == self.first_step + 1:
                 gc.collect()
                 gc.freeze()  # what lives now lives to the end: later collections are short
+            every = self.health["compare_every"]
+            if every and self.step % every == 0:
+                self.compare()
             validates = self.step % self.knobs["val_every"] == 0
             saves = self.step % self.knobs["save_every"] == 0
             if validates or saves:
@@ -265,7 +290,10 @@ class Run:
 
     def one_step(self, batches: Prefetcher) -> None:
         """Forward and backward of this rank's micro-batches, and the update."""
+        self.watch.begin_step(self.step + 1)
         micros = next(batches)
+        self.watch.at("forward")
+        self.stragglers.begin(self.step + 1, batches.waited_seconds)
         self.meter.waited += batches.waited_seconds
         data_step = self.course.data.at(self.step)
         for text in self.faults.starting(self.step + 1, data_step):
@@ -291,6 +319,7 @@ class Run:
         pending = self.engine.update(ratio, stop=stop, limits=limits)
         self.pending.append((self.step, lr, limits, pending))
         self.faults.after(self.step, self.engine.module)
+        self.watch.at("read_results")
         self.read_results(behind=self.behind)
 
     def read_results(self, *, behind: int) -> None:
@@ -325,11 +354,15 @@ class Run:
                 values = {"lr": lr, "tokens": step * self.step_tokens, **self.meter.take()}
                 values |= self.guard.metrics(limits) | {"guard/rollbacks": self.course.number}
                 self.log.interval(step, "train", values)
+                for straggler in self.stragglers.interval(step):
+                    log.warning("step %d: %s", step, straggler)
+                    self.log.health(step, "straggler", straggler.as_dict(), straggler.factor)
 
     def validate(self) -> None:
         """Loss and bits per byte over the held-out rows."""
         if self.held_out is None:
             return
+        self.watch.slow |= not self.validated  # the first may compile
         with self.paused():
             sums = self.engine.evaluate(self.held_out)
         self.validated = {
@@ -345,6 +378,8 @@ class Run:
         """A checkpoint of this step, unless there is one."""
         if self.saved_step == self.step:
             return
+        self.compare()
+        self.watch.at("save")
         with self.paused():
             trainer = {
                 "step": self.step,
@@ -363,6 +398,22 @@ class Run:
             self.writer.suspect = self.guard.suspect
             self.writer.save(self.step, self.engine.fragments(), states, trainer)
         self.saved_step = self.step
+
+    def compare(self) -> None:
+        """RunFailed on all ranks unless they hold the same weights and count the same."""
+        if self.world.size == 1 or self.comparison.compared_step == self.step:
+            return
+        with self.paused():
+            self.watch.at("compare")
+            config = {k: v for k, v in self.setup.config.items() if k != "overrides"}
+            counters = {
+                "step": self.step,
+                "data position": self.step * self.rows,
+                "skipped steps": self.guard.skipped,
+                "configuration": number_of(json.dumps(config, sort_keys=True)),
+                "corpus": number_of(self.setup.loader.fingerprint),
+            }
+            self.comparison.check(self.step, counters)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -66,6 +66,7 @@ WRITTEN = (
     "metrics.jsonl",
     "ledger.jsonl",
     "faults",
+    "hangs",
     "run.log",
     "summary.json",
     "tensorboard",

@@ -117,6 +117,14 @@ class RunLog:
             if self.progress:
                 self.progress.update(self.bar, completed=step)
 
+    def health(self, step: int, event: str, values: dict, factor: float) -> None:
+        """What was noticed about the ranks: a line of metrics.jsonl, of kind health, and of the
+        ledger."""
+        if self.writes:
+            write_line(self.metrics, {"step": step, "kind": "health", "event": event, **values})
+            write_line(self.ledger, {"event": event, "step": step, **values})
+            self.tracker.log(step, {f"health/{event}": factor})
+
     def interval(self, step: int, kind: str, values: dict[str, float]) -> None:
         """One line of metrics.jsonl, mirrored to the tracker and the console.
 

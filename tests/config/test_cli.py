@@ -43,7 +43,7 @@ def test_help_lists_the_users_options(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "no command 'trian', expected one of prep, train, eval, generate, plan, launch"),
+        (["trian"], "no command 'trian', expected one of prep, train, eval, generate, plan"),
         (["plan", "mixer=atention"], "mixer=atention: no such option"),
         (["plan", "--config-dir", "no/such"], "--config-dir: no/such is not a folder"),
         (["generate", "checkpoint=no/such"], "checkpoint no/such: got no manifest.json"),

@@ -3,10 +3,10 @@
 A step is skipped, on all ranks alike and with no trace in weights or optimizer, when its loss or
 gradient is not finite, or far above what the latest steps had:
 
-    limit = median + factor * 1.4826 * max(MAD, FLOOR * median)      over a window of applied steps
+    limit = median + factor * 1.4826 * max(MAD, floor)      over a window of applied steps
 
-MAD: the median of |value - median|; 1.4826 MAD is the standard deviation of normal noise. FLOOR is
-that of a flat curve, whose every wiggle would else be far out. The limits of step s come from the
+MAD: the median of |value - median|; 1.4826 MAD is the standard deviation of normal noise. The
+floor keeps a flat curve's every wiggle from being far out. The limits of step s come from the
 results of steps up to s - LAG, which the host has read without waiting for a GPU; so they are the
 same on every device, and after a resume (state() stands in every checkpoint).
 
@@ -26,6 +26,7 @@ import numpy as np
 from llmtrain.exits import RunFailed
 
 LAG = 2
+# Floors of the MAD, of the median; a loss's is at least as many nats, too.
 LOSS_FLOOR, NORM_FLOOR = 0.02, 0.05
 # What a step came to: 0 applied, else why it was skipped.
 APPLIED, LOSS_NOT_FINITE, GRADIENT_NOT_FINITE, LOSS_SPIKE, NORM_SPIKE = range(5)
@@ -94,11 +95,12 @@ class Knobs:
                 )
 
 
-def limit(values: list[float], factor: float, floor: float) -> float:
-    """The largest value that is no spike after these."""
+def limit(values: list[float], factor: float, floor: float, least: float = 0.0) -> float:
+    """The largest value that is no spike after these. floor: of the MAD, of the median; least: of
+    the MAD."""
     median = float(np.median(values))
     spread = float(np.median(np.abs(np.array(values) - median)))
-    return median + factor * 1.4826 * max(spread, floor * abs(median))
+    return median + factor * 1.4826 * max(spread, floor * abs(median), least)
 
 
 class Guard:
@@ -120,7 +122,7 @@ class Guard:
         limits = {}
         if self.knobs.loss_spike is not None:
             limits["loss"] = limit(
-                [entry.loss for entry in known], self.knobs.loss_spike, LOSS_FLOOR
+                [entry.loss for entry in known], self.knobs.loss_spike, LOSS_FLOOR, LOSS_FLOOR
             )
         if self.knobs.norm_spike is not None:
             limits["grad_norm"] = limit(

@@ -60,6 +60,7 @@ def test_limit_is_median_plus_robust_deviations():
     values = [3.0, 1.0, 2.0, 100.0, 4.0]  # median 3, deviations 0 2 1 97 1, their median 1
     assert limit(values, 5.0, 0.02) == pytest.approx(3 + 5 * 1.4826)
     assert limit([2.0] * 8, 5.0, 0.02) == pytest.approx(2 * (1 + 5 * 1.4826 * 0.02))
+    assert limit([0.0] * 8, 5.0, 0.02, 0.02) == pytest.approx(5 * 1.4826 * 0.02)
 
 
 def test_limits_wait_for_a_full_window_and_the_warmup():

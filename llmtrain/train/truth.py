@@ -8,7 +8,8 @@ update ends the run.
 
 What is compared is a sample of each group's tensors: largest, smallest, then the others from small
 to large, of each at most a quarter of the group's share of `elements`; of matrices under Muon
-whole ones. Every rank looks at what it owns of them; sums are added up over the ranks.
+whole ones. On a CPU a tenth of `elements`. Every rank looks at what it owns of them; sums are added
+up over the ranks.
 
 float32 cannot show a change below half a unit in the last place of a weight; that much is allowed.
 Muon's orthogonalisation has the rounding of its dtype, which in bfloat16 is large where gradients
@@ -41,8 +42,9 @@ log = logging.getLogger(__name__)
 RESOLUTION = 2.0**-23  # of float32, two roundings of half a unit
 RELATIVE = 2e-4  # error of the update that float32 may make, over the whole tensor
 SIZE, DECAY = 0.05, 0.05  # and of its size and its decay, where they are checked by themselves
-# Matrix products of the reference, in floating-point operations: below a second.
+# Matrix products of the reference, in floating-point operations: below a second of a GPU's time.
 WORK = {"cpu": 1e10, "cuda": 2e12}
+CPU_SHARE = 10  # a CPU looks at that many times fewer elements
 
 
 class WrongUpdate(RuntimeError):
@@ -92,6 +94,7 @@ class OptimizerCheck:
     ):
         self.spec, self.world, self.device = spec, world, device
         self.reference = Reference(spec, device)
+        elements = elements // CPU_SHARE if device.type == "cpu" else elements
         groups = [group for group in spec.all_groups(module) if group.members]
         self.groups = {group.name: group for group in groups}
         self.sizes = {

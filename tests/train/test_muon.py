@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import math
 import sys
 from pathlib import Path
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from llmtrain import build
+from llmtrain.checkpoint import FragmentReader
 from llmtrain.config import compose
 from llmtrain.distributed import World
 from llmtrain.plan import make_plan
 from llmtrain.train import newton_schulz
+from llmtrain.train.loop import train
 from llmtrain.train.matrices import Matrix, matrix_parameters
 from llmtrain.train.matrix_homes import Partition, Shared
 from llmtrain.train.muon import Muon
@@ -441,3 +444,57 @@ def test_a_model_without_matrices_and_zero3_are_refused(configure):
         ValueError, match=r"optimizer=muon: got deepspeed=zero3.* set deepspeed=zer"
     ):
         Setup.check(config, World(rank=0, size=1, local_rank=0), torch.device("cpu"))
+
+
+def test_deepspeeds_own_muon_stays_out():
+    """It takes over where the name of the optimizer's class says so and parameters are tagged."""
+    module, spec = tiny_muon.build()
+    assert "muon" not in type(spec.build(module)).__name__.lower()
+    assert not any(hasattr(parameter, "use_muon") for parameter in module.parameters())
+
+
+def test_a_training(configure, caplog, capsys):
+    caplog.set_level(logging.INFO, logger="llmtrain")
+    config = configure("run", "optimizer=muon", "optimizer.lr=3e-3", "train.log_every=1")
+    summary = train(config)
+    assert summary["finished"]
+    assert "Muon on" in capsys.readouterr().out
+    checked = [r.getMessage() for r in caplog.records if "optimizer check" in r.getMessage()]
+    assert [line.split(": ")[1] for line in checked] == ["matrices", "no_decay"]
+    lines = map(json.loads, (Path(config["run_dir"]) / "metrics.jsonl").read_text().splitlines())
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert losses[-1] < losses[0] - 0.1
+    caplog.clear()
+    reader = FragmentReader(summary["checkpoint"])
+    assert {kind for kind, _ in reader.index} >= {"param", "momentum", "exp_avg", "exp_avg_sq"}
+    more = ("optimizer=muon", "optimizer.lr=3e-3", "train.total_tokens=3328")
+    assert train(configure("run", *more, "health.optimizer_check=false"))["step"] == 13
+    assert not [r for r in caplog.records if "optimizer check" in r.getMessage()]
+
+
+def test_elements_of_a_check_that_is_off(configure):
+    with pytest.raises(ValueError, match=r"elements=9: has no effect with health.opt"):
+        configure("x", "health.optimizer_check=false", "health.optimizer_check_elements=9")
+
+
+@pytest.mark.gpu
+def test_steps_on_a_gpu_equal_torch():
+    """In bfloat16, with the clipping factor and the skip flag on the device."""
+    module, spec = tiny_muon.build(ns_dtype="auto")
+    other, _ = tiny_muon.build()
+    module, other = module.cuda(), other.cuda()
+    optimizer = spec.build(module)
+    step_both, _ = pair(other, spec, bf16=True)
+    for step in range(4):
+        skipped = step == 2
+        for model, factor in ((module, 8.0), (other, 1.0)):
+            gradients(model.cpu(), step)
+            for parameter in model.parameters():
+                parameter.grad.mul_(math.nan if skipped and factor > 1 else factor)
+            model.cuda()
+        optimizer.grad_scale = torch.tensor(8.0, device="cuda")
+        optimizer.found_inf = torch.tensor(float(skipped), device="cuda")
+        optimizer.step()
+        if not skipped:
+            step_both(1.0)
+    close(dict(module.named_parameters()), dict(other.named_parameters()), 5e-3)

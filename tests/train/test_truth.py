@@ -66,7 +66,7 @@ def first_step(spec: AdamW | Muon, wrong: Wrong | None = None, *, when: str = "a
     the weights as they were before."""
     torch.manual_seed(0)
     module = Model()
-    check = OptimizerCheck(spec, module, elements=40_000, world=ALONE, device=CPU)
+    check = OptimizerCheck(spec, module, elements=400_000, world=ALONE, device=CPU)
     optimizer = spec.build(module)
     parts = Replicated(module, optimizer, 0, 1)
     for step in range(3):
@@ -191,7 +191,7 @@ def test_sample():
     assert within([5, 1, 9, 2, 7], lambda n: n, 13) == [9, 1, 2]
     assert within([5], lambda n: n, 1) == [5]
     module = Model()
-    check = OptimizerCheck(MUON, module, elements=3000, world=ALONE, device=CPU)
+    check = OptimizerCheck(MUON, module, elements=30_000, world=ALONE, device=CPU)
     sizes = {(p.group, p.name): p.matrix.numel for p in check.parts}
     assert sizes["decay", "head.weight"] == 250  # a quarter of a third
     assert sizes["no_decay", "embedding.weight"] == 250

@@ -45,7 +45,7 @@ STAGES = {
 
 def make(stage: str, world: World, seed: int) -> Engine:
     module, knobs = tiny.build(seed)
-    check = OptimizerCheck(knobs, module, elements=1000, world=world, device=torch.device("cpu"))
+    check = OptimizerCheck(knobs, module, elements=10_000, world=world, device=torch.device("cpu"))
     return Engine(
         module,
         knobs.build(module),

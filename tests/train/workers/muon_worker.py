@@ -33,7 +33,7 @@ CROSSINGS = (("1", "0"), ("0", "2overlap"), ("2overlap", "1"))
 
 def make(stage: str, world: World, seed: int) -> Engine:
     module, knobs = tiny_muon.build(seed)
-    check = OptimizerCheck(knobs, module, elements=3000, world=world, device=torch.device("cpu"))
+    check = OptimizerCheck(knobs, module, elements=300_000, world=world, device=torch.device("cpu"))
     return Engine(
         module,
         knobs.build(module),

@@ -61,7 +61,7 @@ class Driver:
         self.earlier = [line for line in lines if line["job"] == self.job]
         self.first_step = newest_step(self.run_dir)
         self.excluded = {node for line in self.earlier for node in line["exclude"]}
-        self.folder = submission.start_folder(self.restart)
+        self.folder = submission.start_folder(self.job, self.restart)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / BEGAN).touch()
         submission.logs.mkdir(exist_ok=True)
@@ -144,7 +144,7 @@ class Driver:
     def continues(self) -> bool:
         """Whether an earlier start of this job left a checkpoint."""
         latest = self.run_dir / "checkpoints" / "latest"
-        first = self.submission.start_folder(0)
+        first = self.submission.start_folder(self.job, 0)
         return (
             self.restart > 0
             and first.exists()

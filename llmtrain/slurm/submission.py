@@ -63,8 +63,9 @@ class Submission:
     def logs(self) -> Path:
         return Path(self.run_dir) / "logs"
 
-    def start_folder(self, restart: int) -> Path:
-        return self.path / "starts" / f"{restart:03d}"
+    def start_folder(self, job: str, restart: int) -> Path:
+        """Of a start of a job; the same file may be given to sbatch again, by hand."""
+        return self.path / "starts" / f"{job}-{restart:03d}"
 
     def save(self) -> None:
         text = json.dumps(asdict(self), indent=1) + "\n"

@@ -5,8 +5,9 @@ submission.json            this file's Submission
 config.yaml, restart.yaml  the resolved configuration; the same, resuming by itself
 launch.yaml                the keys of `llmtrain launch`
 code/                      the packages as they were
+prep.sbatch, eval.yaml ... the other jobs of a chain
 job-<id>.log               what the driver and rank 0 print
-starts/000/ ...            one folder a start: node check, how each rank ended
+starts/<id>-000/ ...       one folder a start: node check, how each rank ended
 """
 
 from __future__ import annotations

@@ -59,8 +59,9 @@ class Driver:
         self.nodes = cluster.expand(os.environ["SLURM_JOB_NODELIST"])
         lines = read_lines(submission.decisions)
         self.earlier = [line for line in lines if line["job"] == self.job]
+        self.first_step = newest_step(self.run_dir)
         self.excluded = {node for line in self.earlier for node in line["exclude"]}
-        self.folder = submission.start_folder(self.restart)
+        self.folder = submission.start_folder(self.job, self.restart)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / BEGAN).touch()
         submission.logs.mkdir(exist_ok=True)
@@ -90,7 +91,7 @@ class Driver:
             return self.carry_out(Ended(cause="bad node", why=why, exclude=left))
         ended = self.check(usable) if self.submission.preflight["enabled"] else None
         if ended is None and self.told():
-            ended = self.not_begun("told to stop before the training")
+            ended = Ended(cause="stopped", why="told to stop before the training")
         return self.carry_out(ended or self.train(usable))
 
     def usable(self) -> list[str] | None:
@@ -117,7 +118,7 @@ class Driver:
         probe = ["-m", "llmtrain.slurm.probes", json.dumps(wanted)]
         self.step(nodes, probe, ["--wait=0"], reads=printed, limit=wanted["timeout_seconds"])
         if self.told():
-            return self.not_begun("told to stop during the node check")
+            return Ended(cause="stopped", why="told to stop during the node check")
         verdict = judge(read_reports(printed), nodes, self.submission.tasks_per_node, wanted)
         text = json.dumps(verdict.to_json(), indent=1) + "\n"
         (self.folder / "preflight.json").write_text(text, encoding="utf-8")
@@ -132,23 +133,18 @@ class Driver:
         why = "; ".join(reasons or [f"node check: {failure}" for failure in verdict.failures])
         return Ended(cause="bad node", why=why, exclude=tuple(verdict.bad))
 
-    def not_begun(self, why: str) -> Ended:
-        step = newest_step(self.run_dir)
-        return Ended(cause="stopped", why=why, first_step=step, step=step)
-
     def train(self, nodes: list[str]) -> Ended:
         """Run the ranks to their end."""
-        first_step = newest_step(self.run_dir)
         config = self.submission.restart_config if self.continues() else self.submission.config
         rank = ["-m", "llmtrain.slurm.rank", self.submission.folder, str(self.folder), str(config)]
         code = self.step(nodes, rank, ["--kill-on-bad-exit=1"])
         ended = outcome(self.submission, self.folder, nodes, code)
-        return Ended(**ended, first_step=first_step, step=newest_step(self.run_dir))
+        return Ended(**ended)
 
     def continues(self) -> bool:
         """Whether an earlier start of this job left a checkpoint."""
         latest = self.run_dir / "checkpoints" / "latest"
-        first = self.submission.start_folder(0)
+        first = self.submission.start_folder(self.job, 0)
         return (
             self.restart > 0
             and first.exists()
@@ -202,7 +198,7 @@ class Driver:
         else:
             why = f"the ranks are saving, {so_far} so far"
         cause = "lost" if gone else "stopped"
-        ended = Ended(cause=cause, why=why, step=step, by_slurm=by_slurm)
+        ended = self.completed(Ended(cause=cause, why=why), by_slurm)
         self.note(ended, decide(ended, self.earlier, self.submission.max_restarts))
         self.noted = True
 
@@ -219,9 +215,14 @@ class Driver:
             return "requeues"
         return "time limit" if job.reason == "TimeLimit" else "ends"
 
+    def completed(self, ended: Ended, by_slurm: str) -> Ended:
+        """An ending with what is the same for all."""
+        steps = {"first_step": self.first_step, "step": newest_step(self.run_dir)}
+        return replace(ended, **steps, asked=self.asked, by_slurm=by_slurm)
+
     def carry_out(self, ended: Ended) -> int:
         """Decide, note it, and requeue if that is it; returns the exit code of the job."""
-        ended = replace(ended, asked=self.asked, by_slurm=self.by_slurm())
+        ended = self.completed(ended, self.by_slurm())
         if ended.exclude:
             ended = replace(ended, enough=self.enough_without(ended.exclude))
         decision = decide(ended, self.earlier, self.submission.max_restarts)

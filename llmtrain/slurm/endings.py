@@ -63,7 +63,7 @@ def blamed(submission: Submission, start: Path, nodes: Sequence[str]) -> tuple[s
 
 
 def words(record: dict) -> str:
-    said = f": {record['said']}" if record["said"] else ""
+    said = f": {record['said']}" if record["said"] and record["code"] > 0 else ""
     ended = describe(record["code"])
     return f"rank {record['rank']} on {record['node']} ended with {ended}{said}"
 

@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     command = [sys.executable, "-m", "llmtrain.cli", "train", "--config", config]
     with log:
         size = os.environ.get("SLURM_STEP_NUM_TASKS", "?")
-        job = f"job {os.environ['SLURM_JOB_ID']} start {start.name}"
+        job = "job {} start {}".format(*start.name.rsplit("-", 1))
         log.write(f"{stamp()} --- {job}: rank {rank} of {size} on {node}\n")
         code, told, tail = follow(command, log, echo=rank == 0)
         if code < 0 and told and -code in PASSED_ON:  # before the training could take signals

@@ -113,6 +113,7 @@ def row_of(run: Path, root: Path, jobs: Sequence[Queued], now: float) -> Row:
     total, state = total_steps(run), state_of(run, mine, decisions, now)
     step, seconds = last.get("step"), last.get("step_seconds")
     folders = submissions(run)
+    again = sum(line["action"] in ("requeue", "wait") for line in decisions)
     eta = None
     if state == "running" and total is not None and step is not None and seconds is not None:
         eta = (total - step) * seconds
@@ -126,7 +127,7 @@ def row_of(run: Path, root: Path, jobs: Sequence[Queued], now: float) -> Row:
         rate=last.get("tokens_per_second"),
         checkpoint=saved,
         age=None if saved is None else now - saved_at(run, saved),
-        restarts=max(0, len(read_lines(run / "starts.jsonl")) - 1),
+        restarts=max(0, again, len(read_lines(run / "starts.jsonl")) - 1),
         job=mine[0].job if mine else (job_id(folders[-1]) if folders else None),
         nodes=mine[0].nodes if mine else (" ".join(decisions[-1]["nodes"]) if decisions else ""),
         eta=eta,

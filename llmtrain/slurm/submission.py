@@ -5,8 +5,9 @@ submission.json            this file's Submission
 config.yaml, restart.yaml  the resolved configuration; the same, resuming by itself
 launch.yaml                the keys of `llmtrain launch`
 code/                      the packages as they were
+prep.sbatch, eval.yaml ... the other jobs of a chain
 job-<id>.log               what the driver and rank 0 print
-starts/000/ ...            one folder a start: node check, how each rank ended
+starts/<id>-000/ ...       one folder a start: node check, how each rank ended
 """
 
 from __future__ import annotations
@@ -63,8 +64,9 @@ class Submission:
     def logs(self) -> Path:
         return Path(self.run_dir) / "logs"
 
-    def start_folder(self, restart: int) -> Path:
-        return self.path / "starts" / f"{restart:03d}"
+    def start_folder(self, job: str, restart: int) -> Path:
+        """Of a start of a job; the same file may be given to sbatch again, by hand."""
+        return self.path / "starts" / f"{job}-{restart:03d}"
 
     def save(self) -> None:
         text = json.dumps(asdict(self), indent=1) + "\n"

@@ -57,7 +57,7 @@ def submission(tmp_path) -> Submission:
     )
     found.path.mkdir(parents=True)
     found.save()
-    start = found.start_folder(0)
+    start = found.start_folder("7", 0)
     start.mkdir(parents=True)
     (start / BEGAN).touch()
     return found
@@ -76,7 +76,7 @@ def run_rank(submission, tmp_path):
     def start(does: str, rank: int = 0) -> subprocess.Popen:
         config = tmp_path / f"does-{rank}"
         config.write_text(does)
-        arguments = [submission.folder, str(submission.start_folder(0)), str(config)]
+        arguments = [submission.folder, str(submission.start_folder("7", 0)), str(config)]
         slurm = {"SLURM_PROCID": str(rank), "SLURMD_NODENAME": f"n{rank + 1}", "SLURM_JOB_ID": "7"}
         path = {"PYTHONPATH": str(tmp_path / "code"), "PYTHONSAFEPATH": "1"}
         return subprocess.Popen(
@@ -103,12 +103,12 @@ def until_ready(submission: Submission, rank: int) -> None:
 
 
 def note(submission: Submission, rank: int) -> dict:
-    file = submission.start_folder(0) / f"rank-{rank:05d}.json"
+    file = submission.start_folder("7", 0) / f"rank-{rank:05d}.json"
     return json.loads(file.read_text())
 
 
 def ending(submission: Submission, code: int = 0, nodes=("n1", "n2")) -> dict:
-    return endings.outcome(submission, submission.start_folder(0), nodes, code)
+    return endings.outcome(submission, submission.start_folder("7", 0), nodes, code)
 
 
 def test_two_ranks_that_finish(submission, run_rank):
@@ -173,7 +173,7 @@ def write_notes(submission: Submission, *codes: int | None) -> None:
     for rank, code in enumerate(codes):
         if code is not None:
             record = {"rank": rank, "node": f"n{rank + 1}", "code": code, "time": rank, "said": ""}
-            file = submission.start_folder(0) / f"rank-{rank:05d}.json"
+            file = submission.start_folder("7", 0) / f"rank-{rank:05d}.json"
             file.write_text(json.dumps(record))
 
 

@@ -24,6 +24,8 @@ from llmtrain.model.language_model import LanguageModel
 from llmtrain.model.multi_token import MultiTokenModule
 from llmtrain.model.shared_attention import SharedBlock
 from llmtrain.model.stack import Stack
+from llmtrain.model.width import compare
+from llmtrain.widen import twice_as_wide
 
 # A configuration may come with a downloaded checkpoint, so `_target_` can only name our own parts.
 ALLOWED = ("llmtrain.", "llmtrain_data.")
@@ -172,11 +174,41 @@ def build_model(
     vocab_size: number of tokens of the tokenizer. Weights are drawn on the CPU, so that they do
     not depend on the device.
     """
+    on_meta = torch.device(device).type == "meta"
+    model = allocate(config, vocab_size, "meta" if on_meta else "cpu", compute_dtype)
+    if config["model"].get("mup_base_width") is not None:
+        transfer(model, config, vocab_size)
+    if on_meta:
+        return model
+    initialise(model, config["seed"])
+    if model.width is not None:
+        model.width.scale_first_values(model)
+    return model.to(device)
+
+
+def transfer(model: LanguageModel, config: dict, vocab_size: int) -> None:
+    """Make it a model whose best learning rate is that of its base width (model/width.py)."""
+    sizes = config["model"]
+    wider = allocate(twice_as_wide(config), vocab_size, "meta", torch.float32)
+    multiplier = sizes["d_model"] / sizes["mup_base_width"]
+    model.width = compare(model, wider, multiplier)
+    model.logit_scale = 1 / multiplier
+    if multiplier == 1:
+        return
+    for module, wide in zip(model.modules(), wider.modules(), strict=True):
+        if isinstance(module, Mixer) and module.score_width != wide.score_width:
+            module.transfer_scores(multiplier)
+
+
+def allocate(
+    config: dict, vocab_size: int, device: str, compute_dtype: torch.dtype
+) -> LanguageModel:
+    """The model without values in its parameters."""
     sizes = config["model"]
     d_model, n_layers = sizes["d_model"], sizes["n_layers"]
     rows = padded_vocab_size(config, vocab_size)
     norm = norm_maker(config)
-    with torch.device("meta" if torch.device(device).type == "meta" else "cpu"):
+    with torch.device(device):
         layers = build_layers(config)
         letters = layer_letters(config)[-1], layer_letters(config, "channel")[-1]
         mtp = [
@@ -188,7 +220,7 @@ def build_model(
             )
             for i in range(multi_token_depth(config))
         ]
-        model = LanguageModel(
+        return LanguageModel(
             embedding=part(
                 config["embedding"], label(config, "embedding"), d_model, vocab_size=rows
             ),
@@ -206,10 +238,6 @@ def build_model(
             compute_dtype=compute_dtype,
             mtp=mtp,
         )
-    if torch.device(device).type == "meta":
-        return model
-    initialise(model, config["seed"])
-    return model.to(device)
 
 
 def norm_maker(config: dict, width: int | None = None) -> Callable[[], torch.nn.Module]:

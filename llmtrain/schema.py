@@ -77,6 +77,8 @@ class Model:
     rope_theta: float
     max_seq_len: int
     init_std: float
+    mup_base_width: int | None
+    mup_base_head_dim: int | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,12 @@ from llmtrain import build, schema
 from llmtrain.groups import did_you_mean, given
 from llmtrain.model.language_model import LanguageModel
 from llmtrain.objectives.multi_token import check_depth
+from llmtrain.widen import check_base
 
 MISSING = "???"  # a value that only `llmtrain prep` needs
 # Keys of the model section that build.py reads itself; the others act through ${model.<key>}.
 READ_BY_BUILD = {"d_model", "n_layers", "vocab_size", "vocab_multiple", "max_seq_len"}
+READ_BY_BUILD |= {"mup_base_width", "mup_base_head_dim"}
 # What `llmtrain prep` reads of the configuration that it shares with `llmtrain train`.
 READ_BY_PREP = ("data", "tokenizer", "overwrite", "experiment")
 # Commands of llmtrain.slurm, which checks what its own keys mean together.
@@ -131,6 +133,7 @@ def check_sizes(config: dict) -> None:
     numbers = [key for key, value in train.items() if type(value) in (int, float)]
     positive(train, numbers, "train")
     positive(model, [key for key, value in model.items() if type(value) in (int, float)], "model")
+    check_base(model)
     seq_len, batch = train["seq_len"], train["global_batch_tokens"]
     if seq_len > model["max_seq_len"]:
         raise ValueError(

@@ -219,11 +219,20 @@ def outer_weights(model: LanguageModel) -> dict[str, Tensor]:
     """Embedding, last norm and head; rows that pad the vocabulary are left out."""
     weights = {
         "model.embed_tokens.weight": model.embedding.weight[: model.vocab_size],
-        "model.norm.weight": model.norm.weight,
+        "model.norm.weight": final_gain(model),
     }
     if not model.embedding.tied:
         weights["lm_head.weight"] = model.head.weight[: model.vocab_size]
     return weights
+
+
+def final_gain(model: LanguageModel) -> Tensor:
+    """Of the last norm, with the factor of the logits (muP) taken in: all that the head reads comes
+    from this norm, whether its weight is the embedding's or not."""
+    norm, scale = model.norm, model.logit_scale
+    if scale == 1:
+        return norm.weight
+    return (1 + norm.weight) * scale - 1 if norm.zero_centered else norm.weight * scale
 
 
 def dense_weights(model: LanguageModel) -> dict[str, Tensor]:

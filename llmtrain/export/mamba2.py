@@ -83,7 +83,7 @@ def mamba2_weights(model: LanguageModel) -> dict[str, Tensor]:
     """Mamba2's parameter names and our values."""
     weights = {
         "backbone.embeddings.weight": model.embedding.weight[: model.vocab_size],
-        "backbone.norm_f.weight": model.norm.weight,
+        "backbone.norm_f.weight": common.final_gain(model),
     }
     if not model.embedding.tied:
         weights["lm_head.weight"] = model.head.weight[: model.vocab_size]

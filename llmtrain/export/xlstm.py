@@ -101,7 +101,7 @@ def xlstm_weights(model: LanguageModel) -> dict[str, Tensor]:
     head = model.embedding if model.embedding.tied else model.head
     weights = {
         "backbone.embeddings.weight": model.embedding.weight[: model.vocab_size],
-        "backbone.out_norm.weight": model.norm.weight,
+        "backbone.out_norm.weight": common.final_gain(model),
         "lm_head.weight": head.weight[: model.vocab_size],
     }
     for i, block in enumerate(model.stack.blocks):

@@ -102,6 +102,16 @@ class Attention(Mixer):
         self.q_norm = RMSNorm(self.head_dim, **norm) if qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, **norm) if qk_norm else None
 
+    @property
+    def score_width(self) -> int:
+        return self.head_dim
+
+    def transfer_scores(self, multiplier: float) -> None:
+        at_base = self.softmax_scale
+        if at_base is None:
+            at_base = (self.head_dim / multiplier) ** -0.5
+        self.softmax_scale = at_base / multiplier
+
     def forward(
         self, x_BTD: Tensor, ctx: SequenceContext, state: State | None = None
     ) -> tuple[Tensor, State | None]:

@@ -31,6 +31,20 @@ class Mixer(nn.Module):
     # What optimizer=muon takes for matrices, beside the weights of Linears: train/matrices.py
     matrices: ClassVar[tuple[str, ...]] = ()
     no_matrices: ClassVar[tuple[str, ...]] = ()
+    # Parameters that reset_parameters draws with a factor 1 / sqrt(d_model): model/width.py
+    scaled_init: tuple[str, ...] = ()
+
+    @property
+    def score_width(self) -> int | None:
+        """Over how many channels the dot products of queries and keys go whose scale
+        transfer_scores changes; None without any."""
+        return None
+
+    def transfer_scores(self, multiplier: float) -> None:
+        """Scale scores for a score_width that is so many times that of the base (muP): 1 / width
+        instead of 1 / sqrt(width), and equal to it at the base. A scale that was given is the
+        base's."""
+        raise NotImplementedError
 
     def forward(
         self, x_BTD: Tensor, ctx: SequenceContext, state: State | None = None

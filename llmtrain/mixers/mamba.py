@@ -91,6 +91,8 @@ class Mamba(Mixer):
         width, per_head = self.d_inner, self.d_inner // n_heads
         self.in_proj = Linear(d_model, 2 * width, bias=bias, init_std=init_std)
         self.matrix_splits = {"in_proj.weight": (width, width)}
+        self.init_splits = {"x_proj": (self.dt_rank, d_state, d_state)}
+        self.scaled_init = ("dt_proj",) if dt_rank == "auto" else ()
         self.conv_weight = nn.Parameter(torch.empty(width, d_conv))
         self.conv_bias = nn.Parameter(torch.empty(width)) if conv_bias else None
         self.x_proj = nn.Parameter(torch.empty(n_heads, self.dt_rank + 2 * d_state, per_head))

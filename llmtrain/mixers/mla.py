@@ -93,6 +93,7 @@ class LatentAttention(Mixer):
         self.nope, self.rope = widths["qk_nope_head_dim"], widths["qk_rope_head_dim"]
         self.v_head_dim = widths["v_head_dim"]
         self.rotary_width = self.rope
+        self.softmax_scale = softmax_scale
         self.scale = (self.nope + self.rope) ** -0.5 if softmax_scale is None else softmax_scale
         if yarn_factor is not None:
             self.scale *= yarn_temperature(yarn_factor, yarn_mscale) ** 2
@@ -109,6 +110,13 @@ class LatentAttention(Mixer):
         self.kv_up = Linear(self.kv_lora_rank, expanded, init_std=init_std)
         out_std = depth_std(init_std, n_layers)
         self.out_proj = Linear(n_heads * self.v_head_dim, d_model, init_std=out_std)
+
+    @property
+    def score_width(self) -> int:
+        return self.nope + self.rope
+
+    def transfer_scores(self, multiplier: float) -> None:
+        self.scale *= multiplier**-0.5 if self.softmax_scale is None else 1 / multiplier
 
     def forward(
         self, x_BTD: Tensor, ctx: SequenceContext, state: State | None = None

@@ -46,6 +46,7 @@ class Embedding(nn.Module):
             )
         self.tied, self.scale, self.logit_softcap = tied, scale, logit_softcap
         self.init_std = d_model**-0.5 if init_std is None else init_std
+        self.scaled_init = ("weight",) if init_std is None else ()
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
 
     def reset_parameters(self) -> None:

@@ -23,6 +23,7 @@ from llmtrain.model.embedding import Embedding, TiedHead
 from llmtrain.model.linear import Linear
 from llmtrain.model.multi_token import MultiTokenModule
 from llmtrain.model.stack import Stack
+from llmtrain.model.width import Width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +67,12 @@ class LanguageModel(nn.Module):
 
     norm: the final norm; dropped when the stack's last block ends in a norm of its own.
     compute_dtype: of the activations, from the embedding's output on. mtp: modules of multi-token
-    prediction, which only look_ahead runs.
+    prediction, which only look_ahead runs. logit_scale: of what the head reads; width: how the
+    parameters grow (model/width.py). Both are set by build_model.
     """
+
+    logit_scale: float = 1.0
+    width: Width | None = None
 
     def __init__(
         self,
@@ -100,6 +105,8 @@ class LanguageModel(nn.Module):
             if embedding.tied
             else Linear(d_model, rows, init_std=embedding.init_std)
         )
+        if not embedding.tied:
+            self.head.scaled_init = embedding.scaled_init
         self.mtp = nn.ModuleList(mtp) if mtp else None
 
     def forward(
@@ -127,6 +134,8 @@ class LanguageModel(nn.Module):
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """logits_BTO in the compute dtype, O = vocab_size: padding rows never get probability.
         Soft-capped ones are float32 at least: tanh gives the largest ones nearly equal values."""
+        if self.logit_scale != 1:
+            hidden_BTD = hidden_BTD * self.logit_scale
         logits_BTO = self.head(hidden_BTD)[..., : self.vocab_size]
         cap = self.embedding.logit_softcap
         if cap is None:

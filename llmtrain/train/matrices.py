@@ -17,11 +17,14 @@ each matrix of it along its output dimension. Class or instance attributes of an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from llmtrain.model.width import width_of
 
 # Attributes of a language model that lie outside of its blocks.
 OUTSIDE = ("embedding", "position", "head", "norm")
@@ -29,11 +32,16 @@ OUTSIDE = ("embedding", "position", "head", "norm")
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """Elements start .. start + rows * cols of something flat, row by row."""
+    """Elements start .. start + rows * cols of something flat, row by row.
+
+    row_growth, col_growth: against the base width of muP (model/width.py); 1 without it.
+    """
 
     start: int
     rows: int
     cols: int
+    row_growth: float = 1.0
+    col_growth: float = 1.0
 
     @property
     def numel(self) -> int:
@@ -45,7 +53,7 @@ class Matrix:
 
     def moved(self, by: int) -> Matrix:
         """The same matrix in something flat that has `by` elements more before it."""
-        return Matrix(start=self.start + by, rows=self.rows, cols=self.cols)
+        return replace(self, start=self.start + by)
 
     def of(self, flat: Tensor) -> Tensor:
         """[rows, cols], a view."""
@@ -70,10 +78,13 @@ def matrix_parameters(model: nn.Module) -> dict[str, list[Matrix]]:
         for name in named(module, path, "matrix_splits"):
             splits[prefix + name] = module.matrix_splits[name]
     found = {}
+    width, prefix = width_of(model)
     for name, parameter in model.named_parameters():
         inside = name.removeprefix("model.").split(".")[0] not in OUTSIDE
-        if inside and name in chosen and name not in refused:
-            found[name] = list(cut(name, parameter.shape, splits.get(name)))
+        if not inside or name not in chosen or name in refused:
+            continue
+        growth = None if width is None else partial(width.growths, name.removeprefix(prefix))
+        found[name] = list(cut(name, parameter.shape, splits.get(name), growth))
     return found
 
 
@@ -97,8 +108,14 @@ def named(module: nn.Module, path: str, fact: str) -> list[str]:
     return names
 
 
-def cut(name: str, shape: torch.Size, rows: tuple[int, ...] | None) -> Iterator[Matrix]:
-    """The matrices of a parameter [..., out, in]; rows: of each of those packed in `out`."""
+def cut(
+    name: str,
+    shape: torch.Size,
+    rows: tuple[int, ...] | None,
+    growth: Callable[[tuple[int, ...]], tuple[list[float], float]] | None = None,
+) -> Iterator[Matrix]:
+    """The matrices of a parameter [..., out, in]; rows: of each of those packed in `out`. growth:
+    rows -> (row_growth of each, col_growth)."""
     if len(shape) < 2:
         raise ValueError(f"{name}: got shape {list(shape)}, expected [..., out, in] of a matrix")
     *stack, out, cols = shape
@@ -108,7 +125,10 @@ def cut(name: str, shape: torch.Size, rows: tuple[int, ...] | None) -> Iterator[
             f"{name}: matrix_splits gives {rows}, expected numbers of rows that sum up to {out}"
         )
     start = 0
+    row_growths, col_growth = ([1.0] * len(rows), 1.0) if growth is None else growth(rows)
     for _ in range(torch.Size(stack).numel()):
-        for height in filter(None, rows):
-            yield Matrix(start=start, rows=height, cols=cols)
-            start += height * cols
+        for height, row_growth in zip(rows, row_growths, strict=True):
+            if height:
+                facts = {"row_growth": row_growth, "col_growth": col_growth}
+                yield Matrix(start=start, rows=height, cols=cols, **facts)
+                start += height * cols

@@ -9,7 +9,8 @@ Of every matrix W [rows, cols] with gradient G, momentum mu and learning rate et
 NS orthogonalises (newton_schulz.py); s is sqrt(max(1, rows / cols)) for lr_scaling=original (Jordan
 2024, https://kellerjordan.github.io/posts/muon/) and 0.2 sqrt(max(rows, cols)) for match_rms_adamw
 (Liu et al. 2025, arXiv:2502.16982, equation 4), which gives updates the size of AdamW's. Equal to
-torch.optim.Muon. What counts as a matrix: matrices.py. Packed projections are cut where their
+torch.optim.Muon. With model.mup_base_width s grows from its value at the base as sqrt(rows / cols),
+since the update's operator norm must (model/width.py). What counts as a matrix: matrices.py. Packed projections are cut where their
 module declares it, experts and heads of a stack are matrices of their own; all else is one matrix
 a parameter (q_proj with the output gate's rows between those of its heads, MLA's kv_up).
 
@@ -32,14 +33,16 @@ from llmtrain.train.optimizer import (
     Group,
     Members,
     OptimizerMemory,
+    by_width,
     check_limits,
     create_state,
     decay_groups,
 )
 
-SCALINGS: dict[str, Callable[[Matrix], float]] = {
-    "original": lambda matrix: math.sqrt(max(1.0, matrix.rows / matrix.cols)),
-    "match_rms_adamw": lambda matrix: 0.2 * math.sqrt(max(matrix.rows, matrix.cols)),
+# (rows, cols) -> s
+SCALINGS: dict[str, Callable[[float, float], float]] = {
+    "original": lambda rows, cols: math.sqrt(max(1.0, rows / cols)),
+    "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STATE = ("momentum",)
@@ -67,7 +70,7 @@ class OrthogonalMomentum(torch.optim.AdamW):
         super().__init__(groups, betas=betas, eps=eps, fused=True)
         self.momentum, self.nesterov = momentum, nesterov
         self.ns_steps, self.ns_dtype = ns_steps, ns_dtype
-        self.scale_of = SCALINGS[lr_scaling]
+        self.scaling = SCALINGS[lr_scaling]
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
         self.homes = {
@@ -140,6 +143,11 @@ class OrthogonalMomentum(torch.optim.AdamW):
         if self.found_inf is not None:
             new = torch.where(skipped, torch.zeros_like(mean), new)
         return new
+
+    def scale_of(self, matrix: Matrix) -> float:
+        """s: that of the matrix at muP's base width, growing from there as sqrt(rows / cols)."""
+        at_base = self.scaling(matrix.rows / matrix.row_growth, matrix.cols / matrix.col_growth)
+        return at_base * math.sqrt(matrix.row_growth / matrix.col_growth)
 
     def dtype_for(self, tensor: Tensor) -> torch.dtype:
         if self.ns_dtype is not None:
@@ -231,8 +239,16 @@ class Muon:
                 weight_decay=decay,
                 state=STATE,
             ),
-            Group(name="decay", members=members["decay"], lr=self.adamw_lr, weight_decay=decay),
-            Group(name="no_decay", members=members["no_decay"], lr=self.adamw_lr, weight_decay=0.0),
+            *by_width(
+                Group(name="decay", members=members["decay"], lr=self.adamw_lr, weight_decay=decay),
+                model,
+            ),
+            *by_width(
+                Group(
+                    name="no_decay", members=members["no_decay"], lr=self.adamw_lr, weight_decay=0.0
+                ),
+                model,
+            ),
         ]
 
     def build(self, model: nn.Module) -> OrthogonalMomentum:

@@ -1,4 +1,5 @@
-"""AdamW with two groups of parameters: those that decay and those that do not.
+"""AdamW with two groups of parameters: those that decay and those that do not. With
+model.mup_base_width those whose learning rate depends on the width are groups of their own.
 
 No decay: norms, biases and everything else with fewer than two dimensions; what a module lists in
 no_weight_decay; and the embeddings, unless decay_embeddings. Loshchilov and Hutter 2019,
@@ -11,10 +12,12 @@ found_inf, set before each step, which divide the gradients and, when 1, stop ev
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+
+from llmtrain.model.width import width_of
 
 # Attributes of a language model that hold lookup tables.
 EMBEDDINGS = ("embedding", "position")
@@ -51,7 +54,7 @@ class Group:
         """Decay, tensors and parameters; lr: too."""
         rate = f"lr {self.lr:<8g}" if lr else ""
         count = sum(parameter.numel() for parameter in self.members.values())
-        row = f"  {self.name:<9}{rate}weight decay {self.weight_decay:<5g} "
+        row = f"  {self.name:<15}{rate}weight decay {self.weight_decay:<5g} "
         return f"{row}{len(self.members):>5} tensors {count:>14,} parameters"
 
 
@@ -101,6 +104,25 @@ def decay_groups(model: nn.Module, *, decay_embeddings: bool) -> dict[str, Membe
     return groups
 
 
+def by_width(group: Group, model: nn.Module) -> list[Group]:
+    """The group, and with muP the part of it whose learning rate has a factor (model/width.py).
+
+    lr x weight_decay is the same in both: what a weight forgets in a step.
+    """
+    width, prefix = width_of(model)
+    if width is None or width.multiplier == 1:
+        return [group]
+    parts: dict[float, Members] = {1.0: {}, 1 / width.multiplier: {}}
+    for name, parameter in group.members.items():
+        parts[width.lr_factor(name.removeprefix(prefix))][name] = parameter
+    groups = []
+    for factor, members in parts.items():
+        name = group.name if factor == 1 else f"{group.name}_width"
+        changed = {"lr": group.lr * factor, "weight_decay": group.weight_decay / factor}
+        groups.append(replace(group, name=name, members=members, **changed))
+    return [part for part in groups if part.members or part.name == group.name]
+
+
 def check_limits(knobs: object, limits: dict[str, tuple[float, float | None]]) -> None:
     """ValueError for a knob below its least value, or not below its bound. None: no bound."""
     for name, (low, high) in limits.items():
@@ -136,8 +158,11 @@ class AdamW:
         """The groups with what is used to update them, empty ones too."""
         decay = {"decay": self.weight_decay, "no_decay": 0.0}
         return [
-            Group(name=name, members=members, lr=self.lr, weight_decay=decay[name])
+            part
             for name, members in self.groups(model).items()
+            for part in by_width(
+                Group(name=name, members=members, lr=self.lr, weight_decay=decay[name]), model
+            )
         ]
 
     def build(self, model: nn.Module) -> torch.optim.AdamW:
@@ -149,7 +174,9 @@ class AdamW:
 
     def describe(self, model: nn.Module) -> str:
         """One line per group: its decay, tensors and parameters."""
-        return "\n".join(group.describe(lr=False) for group in self.all_groups(model))
+        groups = self.all_groups(model)
+        rates = len({group.lr for group in groups}) > 1
+        return "\n".join(group.describe(lr=rates) for group in groups)
 
     def memory(self, model: nn.Module) -> OptimizerMemory:
         """What it keeps of the whole model."""

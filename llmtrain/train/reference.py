@@ -56,9 +56,11 @@ class Reference:
         return exact.reshape(-1), noise.item()
 
     def scale(self, matrix: Matrix) -> float:
+        tall, across = matrix.row_growth, matrix.col_growth
+        rows, cols = matrix.rows / tall, matrix.cols / across
         if self.spec.lr_scaling == "original":
-            return math.sqrt(max(1.0, matrix.rows / matrix.cols))
-        return 0.2 * math.sqrt(max(matrix.rows, matrix.cols))
+            return math.sqrt(max(1.0, rows / cols) * tall / across)
+        return 0.2 * math.sqrt(max(rows, cols) * tall / across)
 
 
 def iterate(x_RC: Tensor, steps: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The `llmtrain` command: prep, train, eval, generate, plan. Parses, composes, calls.
+"""The `llmtrain` command: prep, train, eval, generate, plan, checkpoint. Parses, composes, calls.
 
 A user's mistake ends in one message and exit code 2; --debug (or LLMTRAIN_DEBUG=1) shows the
 traceback too. A failure inside another library keeps its traceback: that is nobody's typing.
@@ -24,6 +24,7 @@ SUMMARIES = {
     "eval": "lm-eval tasks, passkey retrieval and bits per byte of a checkpoint",
     "generate": "continue prompts with a checkpoint",
     "plan": "parameters, FLOPs, memory and hours of a run, before it starts",
+    "checkpoint": "list, verify, consolidate: the checkpoints of a run",
 }
 
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(command_help(arguments.command, arguments.config_dir))
             return 0
         configure_logging()
-        commands.run(arguments.command, arguments.overrides, arguments.config_dir)
+        return commands.run(arguments.command, arguments.overrides, arguments.config_dir)
     except BrokenPipeError:
         if not reader_is_gone():
             raise
@@ -55,7 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"llmtrain: error: {error}", file=sys.stderr)
         return USAGE_ERROR
-    return 0
 
 
 def reader_is_gone() -> bool:
@@ -98,7 +98,7 @@ def overview(parser: argparse.ArgumentParser) -> str:
         "usage: llmtrain <command> [--config-dir DIR] [--debug] [group=option] [key=value] ...",
         "",
         "commands:",
-        *(f"  {name:9}{summary}" for name, summary in SUMMARIES.items()),
+        *(f"  {name:11}{summary}" for name, summary in SUMMARIES.items()),
         "",
         "`llmtrain <command> --help` lists its groups, options and keys.",
         "--config-dir DIR   search DIR for group options too (DIR/mixer/mine.yaml), repeatable",
@@ -110,7 +110,8 @@ def overview(parser: argparse.ArgumentParser) -> str:
 def command_help(command: str, config_dirs: Sequence[str]) -> str:
     """Groups with their options, then the command's YAML file, whose comments explain the keys."""
     defaults = groups.defaults(command)
-    lines = [f"usage: llmtrain {command} [group=option] [key=value] ...", SUMMARIES[command], ""]
+    takes = {"checkpoint": "list|verify|consolidate"}.get(command, "[group=option]")
+    lines = [f"usage: llmtrain {command} {takes} [key=value] ...", SUMMARIES[command], ""]
     if defaults:
         lines.append("groups (* is the default; knobs of an option: <group>.<knob>=value):")
         for group, names in groups.options(config_dirs).items():

@@ -13,8 +13,8 @@ from pathlib import Path
 SPREAD = ("train", "eval")
 
 
-def run(command: str, overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> None:
-    """Compose, check and carry out one command."""
+def run(command: str, overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> int:
+    """Compose, check and carry out one command; returns the exit code."""
     from llmtrain.config import compose
     from llmtrain.distributed import discover
     from llmtrain.shared_config import shared
@@ -25,8 +25,12 @@ def run(command: str, overrides: Sequence[str], config_dirs: Sequence[str | Path
             f"llmtrain {command}: got {world.size} ranks, expected one process; start it without "
             "torchrun or srun"
         )
+    if command == "checkpoint":
+        from llmtrain.checkpoint_command import split_action
+
+        overrides = split_action(overrides)
     with shared(world, lambda: compose(command, overrides, config_dirs=config_dirs)) as config:
-        COMMANDS[command](config)
+        return COMMANDS[command](config) or 0
 
 
 def prep(config: dict) -> None:
@@ -63,4 +67,17 @@ def plan(config: dict) -> None:
     print(describe(result, tokens_per_second(result, config["plan"])))
 
 
-COMMANDS = {"prep": prep, "train": train, "eval": evaluate, "generate": generate, "plan": plan}
+def checkpoint(config: dict) -> int:
+    from llmtrain.checkpoint_command import run
+
+    return run(config)
+
+
+COMMANDS = {
+    "prep": prep,
+    "train": train,
+    "eval": evaluate,
+    "generate": generate,
+    "plan": plan,
+    "checkpoint": checkpoint,
+}

@@ -33,7 +33,10 @@ class Train:
     val_every: int
     val_tokens: int
     save_every: int
+    async_save: bool
+    save_failures: int
     keep: int
+    keep_every: int | None
     resume: str
     max_skipped: int
     deterministic: bool
@@ -172,12 +175,22 @@ class GenerateConfig:
     precision: Precision
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    action: Literal["list", "verify", "consolidate"]
+    run_dir: str | None
+    checkpoint: str | None
+    out: str | None
+    dtype: Precision
+
+
 COMMANDS = {
     "prep": PrepConfig,
     "train": TrainConfig,
     "eval": EvalConfig,
     "generate": GenerateConfig,
     "plan": PlanConfig,
+    "checkpoint": CheckpointConfig,
 }
 
 

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 
 import torch
 from llmtrain_data.manifest import TOKEN_BYTES_FILE, TOKENIZER_FILE
@@ -31,9 +32,13 @@ from llmtrain.train.engine import Engine, Pending, bits_per_byte
 from llmtrain.train.guard import SkipGuard, StopRequest
 from llmtrain.train.meter import Meter, peak_memory
 from llmtrain.train.runlog import LOGGERS, RunLog
+from llmtrain.train.saving import Saver
 from llmtrain.train.setup import Setup
 
 log = logging.getLogger(__name__)
+
+# Ranks wait that long for the slowest one's file.
+SAVE_TIMEOUT = timedelta(hours=2)
 
 
 def train(config: dict) -> dict:
@@ -101,15 +106,8 @@ class Run:
         )
         if start is not None:
             resume.restore(start, self.engine, trainer)
-        self.writer = CheckpointWriter(
-            setup.run_dir,
-            self.world,
-            config=setup.config,
-            keep=self.knobs["keep"],
-            vocab_size=setup.loader.vocab_size,
-            parameters=self.engine.shapes,
-            corpus_files={name: setup.corpus / name for name in (TOKENIZER_FILE, TOKEN_BYTES_FILE)},
-        )
+        self.run_id = resume.claim_run_id(setup.run_dir, start, trainer, self.world)
+        self.saver = self.make_saver()
         self.meter = Meter(
             step_tokens=self.step_tokens,
             flops=setup.flops(),
@@ -140,6 +138,26 @@ class Run:
         self.stopping = False
         self.validated: dict[str, float] = {}
 
+    def make_saver(self) -> Saver:
+        """The writer of this run's checkpoints, with its host memory."""
+        corpus = self.setup.corpus
+        writer = CheckpointWriter(
+            self.setup.run_dir,
+            self.world,
+            config=self.setup.config,
+            keep=self.knobs["keep"],
+            keep_every=self.knobs["keep_every"],
+            vocab_size=self.setup.loader.vocab_size,
+            parameters=self.engine.shapes,
+            corpus_files={name: corpus / name for name in (TOKENIZER_FILE, TOKEN_BYTES_FILE)},
+            group=distributed.side_group(self.world, SAVE_TIMEOUT),
+        )
+        saver = Saver(
+            writer, background=self.knobs["async_save"], failures=self.knobs["save_failures"]
+        )
+        saver.reserve(self.engine.fragments(), resume.generators(self.device))
+        return saver
+
     def train(self) -> dict:
         """All steps, or those until a signal; then the last checkpoint. Returns the summary."""
         with Prefetcher(
@@ -163,11 +181,14 @@ class Run:
                 if self.step % self.knobs["save_every"] == 0:
                     self.save()
         self.read_results(behind=0)
+        self.saver.settle()  # ends here, on all ranks, when saves kept failing
         if self.stopping:
             self.log.say(f"stopped on request at step {self.step}; the same command continues")
         elif self.validated.get("step") != self.step:
             self.validate()
         self.save()
+        self.saver.finish()
+        self.report_saves()
         return self.summarise()
 
     def one_step(self, batches: Prefetcher) -> None:
@@ -186,9 +207,10 @@ class Run:
         lr = self.setup.optimizer.lr * self.setup.schedule.ratio(self.step)
         self.step += 1
         self.stop.install()
-        stop = self.stop.requested is not None
+        stop = self.stop.requested is not None or self.saver.exhausted
         self.pending.append((self.step, lr, self.engine.update(lr, stop=stop)))
         self.read_results(behind=self.behind)
+        self.report_saves()
 
     def read_results(self, *, behind: int) -> None:
         """Take note of all steps but the last `behind`."""
@@ -230,7 +252,7 @@ class Run:
         self.log.interval(self.step, "val", values | tokens)
 
     def save(self) -> None:
-        """A checkpoint of this step, unless there is one."""
+        """Begin a checkpoint of this step, unless there is one."""
         if self.saved_step == self.step:
             return
         with self.paused():
@@ -242,10 +264,20 @@ class Run:
                 "next_sample": self.step * self.rows,
                 "data_fingerprint": self.setup.loader.fingerprint,
                 "data_stream": self.setup.loader.stream_hash,
+                "run_id": self.run_id,
             }
             states = resume.generators(self.device)
-            self.writer.save(self.step, self.engine.fragments(), states, trainer)
+            self.saver.save(self.step, self.engine.fragments(), states, trainer)
         self.saved_step = self.step
+
+    def report_saves(self) -> None:
+        """Note the saves that became durable, or failed, since the last call."""
+        for save in self.saver.take_finished():
+            if save.failure is None:
+                self.log.interval(save.step, "save", save.metrics(), now=self.step)
+            else:
+                reason = str(save.failure)
+                self.log.step(save.step, {"event": "save_failed", "reason": reason})
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -278,7 +310,8 @@ class Run:
             "tokens": self.step * self.step_tokens,
             "skipped": self.guard.skipped,
             "val": self.validated or None,
-            "checkpoint": str(self.writer.path(self.step)),
+            "save_failures": self.saver.failed,
+            "checkpoint": str(self.saver.writer.path(self.step)),
             "ranks": self.world.size,
             **self.meter.overall(),
         }
@@ -298,5 +331,7 @@ class Run:
 
     def close(self) -> None:
         gc.unfreeze()
+        self.saver.close()
+        self.report_saves()
         self.log.close()
         self.engine.close()

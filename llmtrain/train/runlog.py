@@ -2,7 +2,7 @@
 
     config.yaml      the resolved configuration      starts.jsonl   one line a start: command,
     git.diff         uncommitted changes, if any                    commit, versions, seed, ranks
-    metrics.jsonl    one line an interval, kind train or val: the truth that trackers mirror
+    metrics.jsonl    one line an interval, kind train, val or save: the truth that trackers mirror
     ledger.jsonl     one line an optimizer step: applied or why not, loss, norm, lr, samples
     run.log          messages: the attention backend chosen and why, warnings
 
@@ -90,13 +90,18 @@ class RunLog:
             if self.progress:
                 self.progress.update(self.bar, completed=step)
 
-    def interval(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """One line of metrics.jsonl, mirrored to the tracker and the console."""
+    def interval(
+        self, step: int, kind: str, values: dict[str, float], *, now: int | None = None
+    ) -> None:
+        """One line of metrics.jsonl, mirrored to the tracker and the console.
+
+        now: the step that has been reached, if not this one; trackers take no earlier one.
+        """
         if not self.writes:
             return
         write_line(self.metrics, {"step": step, "kind": kind, **values})
         prefix = "" if kind == "train" else f"{kind}/"
-        self.tracker.log(step, {f"{prefix}{name}": value for name, value in values.items()})
+        self.tracker.log(now or step, {f"{prefix}{name}": value for name, value in values.items()})
         self.say(console_line(step, self.total_steps, kind, values))
 
     def say(self, text: str) -> None:
@@ -160,6 +165,10 @@ CONSOLE = {
     "data_wait_seconds": "data {:.3f} s",
     "memory_gib": "mem {:.2f} GiB",
     "skipped": "skipped {:.0f}",
+    "bytes": "durable, {:,.0f} bytes",
+    "write_seconds": "written in {:.2f} s",
+    "bytes_per_second": "{:,.0f} bytes/s",
+    "stall_seconds": "training waited {:.3f} s",
 }
 
 

@@ -86,8 +86,9 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
 
 def show(run_dir: Path) -> int:
     """One line a checkpoint. Names, sizes and manifests are checked, content is not read."""
+    paths = checkpoints_of(run_dir)
     print(f"{'step':>10} {'size':>10} {'age':>8} {'ranks':>5}  state (`verify` reads every byte)")
-    for path in checkpoints_of(run_dir):
+    for path in paths:
         found = checkpoint.problems(path, content=False)
         size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
         age = duration(time.time() - path.stat().st_mtime)

@@ -33,8 +33,9 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 HEADER_LIMIT = 2**30
-# Bytes that a thread reads before it takes up the next work.
+# What a thread reads at once: that many bytes of a file, into at most that many tensors.
 BATCH_BYTES = 16 * 2**20
+BATCH_PARTS = 1000
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -56,6 +57,17 @@ class Wanted:
     name: str
     offset: int
     out: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Bytes of a file that make up a tensor; dtype: as stored."""
+
+    file: str
+    start: int
+    end: int
+    out: Tensor
+    dtype: torch.dtype
 
 
 def read_header(file: Path) -> Iterator[tuple[str, torch.dtype, int, int]]:
@@ -166,22 +178,24 @@ class FragmentReader:
     def read_all(self, wanted: Iterable[Wanted]) -> None:
         """Fill all of these tensors, in the order of the files, by several threads."""
         parts = [part for entry in wanted for part in self.parts(entry)]
-        parts.sort(key=lambda part: part[:2])
-        batches, full = [], BATCH_BYTES
+        parts.sort(key=lambda part: (part.file, part.start))
+        batches: list[list[Part]] = []
         for part in parts:
-            if full >= BATCH_BYTES:
-                batches.append([])
-                full = 0
-            batches[-1].append(part)
-            full += part[2].nbytes
+            last = batches[-1] if batches else None
+            follows = last and (last[-1].file, last[-1].end) == (part.file, part.start)
+            fits = last and len(last) < BATCH_PARTS and part.end - last[0].start <= BATCH_BYTES
+            if follows and fits:
+                last.append(part)
+            else:
+                batches.append([part])
         if len(batches) == 1:
             self.fill(batches[0])
             return
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(self.fill, batches))
 
-    def parts(self, wanted: Wanted) -> Iterator[tuple[str, int, Tensor, torch.dtype]]:
-        """(file, byte, tensor to fill, stored dtype): at most BATCH_BYTES each."""
+    def parts(self, wanted: Wanted) -> Iterator[Part]:
+        """Where the elements lie, BATCH_BYTES at most each."""
         out, offset, filled = wanted.out, wanted.offset, 0
         end = offset + out.numel()
         for piece in self.index.get((wanted.kind, wanted.name), ()):
@@ -190,7 +204,13 @@ class FragmentReader:
             for start in range(low, high, step):
                 stop = min(high, start + step)
                 byte = piece.start + (start - piece.offset) * piece.dtype.itemsize
-                yield piece.file, byte, out[start - offset : stop - offset], piece.dtype
+                yield Part(
+                    file=piece.file,
+                    start=byte,
+                    end=byte + (stop - start) * piece.dtype.itemsize,
+                    out=out[start - offset : stop - offset],
+                    dtype=piece.dtype,
+                )
                 filled += stop - start
         if filled != out.numel():
             raise BadCheckpoint(
@@ -199,27 +219,37 @@ class FragmentReader:
                 "manifest"
             )
 
-    def fill(self, parts: list[tuple[str, int, Tensor, torch.dtype]]) -> None:
-        for file, byte, out, dtype in parts:
-            direct = out.device.type == "cpu" and out.dtype == dtype and out.is_contiguous()
-            into = out if direct else torch.empty(out.shape, dtype=dtype)
-            self.read_bytes(file, byte, memoryview(into.detach().view(torch.uint8).numpy()))
-            if not direct:
-                out.copy_(into)
+    def fill(self, batch: list[Part]) -> None:
+        """Read bytes of a file that follow each other into the tensors of the batch."""
+        buffers, copies = [], []
+        for part in batch:
+            out = into = part.out
+            if out.device.type != "cpu" or out.dtype != part.dtype or not out.is_contiguous():
+                into = torch.empty(out.shape, dtype=part.dtype)
+                copies.append((out, into))
+            buffers.append(memoryview(into.detach().view(torch.uint8).numpy()))
+        self.read_bytes(batch[0].file, batch[0].start, buffers)
+        for out, into in copies:
+            out.copy_(into)
 
-    def read_bytes(self, file: str, byte: int, into: memoryview) -> None:
+    def read_bytes(self, file: str, start: int, into: list[memoryview]) -> None:
         while into:
             try:
-                got = os.preadv(self.files[file], [into], byte)
+                got = os.preadv(self.files[file], into, start)
             except OSError as error:
                 raise BadCheckpoint(
                     f"checkpoint {self.path}: cannot read {file}: {error}; use another checkpoint"
                 ) from error
             if not got:
                 raise BadCheckpoint(
-                    f"checkpoint {self.path}: {file} ends at byte {byte}; use another checkpoint"
+                    f"checkpoint {self.path}: {file} ends at byte {start}; use another checkpoint"
                 )
-            into, byte = into[got:], byte + got
+            start += got
+            while into and got >= len(into[0]):
+                got -= len(into[0])
+                into = into[1:]
+            if got:
+                into = [into[0][got:], *into[1:]]
 
     def ranks_key(self, kind: str, rank: int) -> Tensor | None:
         """A tensor that belongs to one rank (random generator states); None if it has none."""

@@ -54,7 +54,7 @@ class Manifest:
     parameters: dict[str, list[int]]
     kinds: dict[str, list[str]] | None
     files: dict[str, dict]
-    chunk_bytes: int = field(default=CHUNK_BYTES)
+    chunk_bytes: int
     format: int = field(default=FORMAT)
 
     def to_json(self) -> str:

@@ -204,8 +204,8 @@ def work(options: argparse.Namespace) -> None:
 
 
 def table(results: list[dict]) -> str:
-    rows = ["| ranks | fragments | dd write | save | ratio | dd read | load | ratio | warm | stall |"]
-    rows.append("|" + "---|" * 10)
+    titles = "ranks | fragments | dd write | save | ratio | dd read | load | ratio | warm | stall"
+    rows = [f"| {titles} |", "|" + "---|" * 10]
     for r in results:
         rates = {name: f"{r[name] / 1e6:,.0f} MB/s" for name in MEASURED}
         rows.append(
@@ -222,15 +222,22 @@ def main() -> None:
         work(options)
         return
     results = []
-    for ranks in options.ranks:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(ranks), __file__, *sys.argv[1:]]
-        done = subprocess.run(
-            command, env={**os.environ, "BANDWIDTH_WORKER": "1"}, stdout=subprocess.PIPE, text=True
-        )
-        if done.returncode:
-            raise SystemExit(f"{ranks} ranks failed with code {done.returncode}: {done.stdout}")
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    for size in options.ranks:
+        place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
+        place |= {"MASTER_PORT": str(distributed.free_port()), "BANDWIDTH_WORKER": "1"}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, *sys.argv],
+                env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(size)
+        ]
+        printed = [process.communicate()[0] for process in ranks]
+        if any(process.returncode for process in ranks):
+            raise SystemExit(f"{size} ranks: one of them failed: {''.join(printed)}")
+        lines = [line for line in printed[0].splitlines() if line.startswith("RESULT ")]
         results += [json.loads(line.removeprefix("RESULT ")) for line in lines]
     options.out.mkdir(parents=True, exist_ok=True)
     report = {"gib": options.gib, "device": options.device, "results": results}

@@ -210,6 +210,7 @@ class CheckpointWriter:
             parameters={name: list(shape) for name, shape in self.parameters.items()},
             kinds={name: kinds for _, all_kinds, _ in results for name, kinds in all_kinds.items()},
             files=files,
+            chunk_bytes=CHUNK_BYTES,
         )
         # Files of ranks on other machines are looked at through this one: the folder is shared.
         refuse(temporary, list(incomplete(temporary, manifest).values()))

@@ -73,10 +73,10 @@ class Image:
         """
         end = start + len(out)
         if start < len(self.header):
-            head = torch.frombuffer(bytearray(self.header[start:end]), dtype=torch.uint8)
+            head = as_bytes(self.header[start:end])
             out[: len(head)].copy_(head)
         first = max(0, bisect.bisect_right(self.starts, start) - 1)
-        devices = set()
+        copied = []
         for at, tensor in zip(self.starts[first:], self.tensors[first:]):
             if at >= end:
                 break
@@ -85,10 +85,19 @@ class Image:
             if low < high:
                 piece = tensor[(low - at) // width : (high - at) // width]
                 out[low - start : high - start].view(tensor.dtype).copy_(piece, non_blocking=True)
-                devices.add(tensor.device)
-        for device in devices:
-            if device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()
+                copied.append(piece)
+        wait(copied)
+
+
+def as_bytes(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def wait(copied: list[Tensor]) -> None:
+    """Until copies of these to the host have arrived."""
+    for device in {tensor.device for tensor in copied}:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
 
 
 class Streamed:
@@ -111,12 +120,23 @@ class Streamed:
 class HostMemory:
     """Memory that holds an image: allocated once, page-locked where tensors come from a GPU."""
 
-    def __init__(self, size: int, *, pinned: bool):
-        self.bytes = torch.empty(size, dtype=torch.uint8)
+    def __init__(self, image: Image):
+        self.bytes = torch.empty(image.size, dtype=torch.uint8)
+        self.header = image.header
+        starts = zip(image.starts, image.tensors)
+        # Where each tensor of this header goes; made once, as there may be many thousands.
+        self.places = [
+            self.bytes[start : start + tensor.nbytes].view(tensor.dtype) for start, tensor in starts
+        ]
+        pinned = any(tensor.is_cuda for tensor in image.tensors)
         # Registered, as torch's own pinned allocations would be rounded up to a power of two.
         self.registered = pinned and self.register()
         if not self.registered:
             self.bytes.zero_()  # so that the pages exist before the first save
+
+    def holds(self, image: Image) -> bool:
+        """Whether this memory was made for images like this one."""
+        return self.header == image.header
 
     def register(self) -> bool:
         code = torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), len(self.bytes), 0)
@@ -141,8 +161,10 @@ class Copied:
     ahead: int | None = None
 
     def __init__(self, image: Image, memory: HostMemory):
-        self.whole = memory.bytes[: image.size]
-        image.copy(0, self.whole)
+        self.whole = memory.bytes
+        self.whole[: len(image.header)].copy_(as_bytes(image.header))
+        torch._foreach_copy_(memory.places, image.tensors, non_blocking=True)
+        wait(image.tensors)
 
     def chunk(self, start: int, end: int) -> memoryview:
         return memoryview(self.whole[start:end].numpy())

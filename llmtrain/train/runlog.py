@@ -101,7 +101,11 @@ class RunLog:
             return
         write_line(self.metrics, {"step": step, "kind": kind, **values})
         prefix = "" if kind == "train" else f"{kind}/"
-        self.tracker.log(now or step, {f"{prefix}{name}": value for name, value in values.items()})
+        mirrored = {f"{prefix}{name}": value for name, value in values.items()}
+        try:
+            self.tracker.log(now or step, mirrored)
+        except OSError as error:  # a full disk is no reason to end the training
+            log.warning("the tracker could not write step %d: %s", step, error)
         self.say(console_line(step, self.total_steps, kind, values))
 
     def say(self, text: str) -> None:
@@ -131,12 +135,41 @@ def finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_line(file, values: dict) -> None:
+class Lines:
+    """A log open for appending. What a full disk does not take is kept, and written later."""
+
+    def __init__(self, path: Path):
+        self.path, self.waiting = path, b""
+        self.file = path.open("ab", buffering=0)
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, text: str) -> None:
+        waited = bool(self.waiting)
+        self.waiting += text.encode()
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+        except OSError as error:
+            if not waited:
+                log.warning("%s is written later: %s", self.path, error)
+
+    def close(self) -> None:
+        self.write("")
+        if self.waiting:
+            log.error("%s lacks its last %d bytes", self.path, len(self.waiting))
+        self.file.close()
+
+
+def write_line(file: Lines, values: dict) -> None:
     file.write(json.dumps({key: finite(value) for key, value in values.items()}) + "\n")
-    file.flush()
 
 
-def append_from(path: Path, step: int):
+def append_from(path: Path, step: int) -> Lines:
     """Open a log for appending after the lines up to that step; later and cut-off lines go."""
     kept = []
     if path.exists():
@@ -149,7 +182,7 @@ def append_from(path: Path, step: int):
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     temporary.replace(path)
-    return path.open("a", encoding="utf-8")
+    return Lines(path)
 
 
 # Name in metrics.jsonl -> how the console shows it.

@@ -77,11 +77,13 @@ class Saver:
     def reserve(self, fragments: list[Fragment], generators: dict[str, Tensor]) -> None:
         """Allocate the host memory now rather than in the first save."""
         if self.background:
-            image = Image.of(fragments, generators, self.writer.world.rank)
-            if self.memory is None or len(self.memory.bytes) < image.size:
-                self.release()
-                pinned = any(tensor.is_cuda for tensor in image.tensors)
-                self.memory = HostMemory(image.size, pinned=pinned)
+            self.memory_for(Image.of(fragments, generators, self.writer.world.rank))
+
+    def memory_for(self, image: Image) -> HostMemory:
+        if self.memory is None or not self.memory.holds(image):
+            self.release()
+            self.memory = HostMemory(image)
+        return self.memory
 
     def save(
         self, step: int, fragments: list[Fragment], generators: dict[str, Tensor], trainer: dict
@@ -100,8 +102,7 @@ class Saver:
         save = self.latest = Save(step=step)
         image = Image.of(fragments, generators, self.writer.world.rank)
         if self.background:
-            self.reserve(fragments, generators)
-            source = Copied(image, self.memory)
+            source = Copied(image, self.memory_for(image))
             # Not waited for when a person interrupts twice: what it writes is no checkpoint yet.
             self.thread = threading.Thread(
                 target=self.write,

@@ -1,4 +1,4 @@
-"""The `llmtrain` command: prep, train, eval, generate, plan. Parses, composes, calls.
+"""The `llmtrain` command: prep, train, eval, generate, plan, checkpoint. Parses, composes, calls.
 
 A user's mistake ends in one message and exit code 2; --debug (or LLMTRAIN_DEBUG=1) shows the
 traceback too. A failure inside another library keeps its traceback: that is nobody's typing.
@@ -28,6 +28,7 @@ SUMMARIES = {
     "status": "a table of runs: state, step, loss, checkpoint, job, time left",
     "logs": "the logs of all ranks of a run under Slurm, merged by time",
     "preflight": "check this machine as `launch` checks its nodes",
+    "checkpoint": "list, verify, consolidate: the checkpoints of a run",
 }
 
 
@@ -122,7 +123,8 @@ def overview(parser: argparse.ArgumentParser) -> str:
 def command_help(command: str, config_dirs: Sequence[str]) -> str:
     """Groups with their options, then the command's YAML file, whose comments explain the keys."""
     defaults = groups.defaults(command)
-    lines = [f"usage: llmtrain {command} [group=option] [key=value] ...", SUMMARIES[command], ""]
+    takes = {"checkpoint": "list|verify|consolidate"}.get(command, "[group=option]")
+    lines = [f"usage: llmtrain {command} {takes} [key=value] ...", SUMMARIES[command], ""]
     if defaults:
         lines.append("groups (* is the default; knobs of an option: <group>.<knob>=value):")
         for group, names in groups.options(config_dirs).items():

@@ -48,6 +48,11 @@ def run(
         launch(overrides, config_dirs)
         return FINISHED
 
+    if command == "checkpoint":
+        from llmtrain.checkpoint_command import split_action
+
+        overrides = split_action(overrides)
+
     def configuration() -> dict:
         if config_file:
             return reload(command, config_file)
@@ -113,6 +118,12 @@ def logs(config: dict) -> None:
     show_logs(config)
 
 
+def checkpoint(config: dict) -> int:
+    from llmtrain.checkpoint_command import run
+
+    return run(config)
+
+
 COMMANDS = {
     "prep": prep,
     "train": train,
@@ -122,4 +133,5 @@ COMMANDS = {
     "preflight": preflight,
     "status": status,
     "logs": logs,
+    "checkpoint": checkpoint,
 }

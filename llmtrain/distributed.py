@@ -130,21 +130,35 @@ def start(world: World, device: torch.device, timeout: timedelta = TIMEOUT) -> N
     )
 
 
-def gather_objects(value: object, world: World) -> list:
+def side_group(world: World, timeout: timedelta) -> dist.ProcessGroup | None:
+    """A group of all ranks beside the training's, for a thread of its own; gloo, so on the host.
+
+    All ranks call it. None when there is one rank: gather_objects and broadcast_object take it.
+    """
+    return dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
+
+
+def leave_side_group(group: dist.ProcessGroup | None) -> None:
+    """Close its connections: who still waits in it gets an error."""
+    if group is not None:
+        dist.destroy_process_group(group)
+
+
+def gather_objects(value: object, world: World, group: dist.ProcessGroup | None = None) -> list:
     """Every rank's value, in the order of ranks, on every rank."""
     if world.size == 1:
         return [value]
     values = [None] * world.size
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
-def broadcast_object(value: object, world: World) -> object:
+def broadcast_object(value: object, world: World, group: dist.ProcessGroup | None = None) -> object:
     """Rank 0's value on every rank."""
     if world.size == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0)
+    dist.broadcast_object_list(values, src=0, group=group)
     return values[0]
 
 

@@ -33,7 +33,10 @@ class Train:
     val_every: int
     val_tokens: int
     save_every: int
+    async_save: bool
+    save_failures: int
     keep: int
+    keep_every: int | None
     resume: str
     deterministic: bool
 
@@ -258,6 +261,15 @@ class LogsConfig:
     follow: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    action: Literal["list", "verify", "consolidate"]
+    run_dir: str | None
+    checkpoint: str | None
+    out: str | None
+    dtype: Precision
+
+
 COMMANDS = {
     "prep": PrepConfig,
     "train": TrainConfig,
@@ -268,6 +280,7 @@ COMMANDS = {
     "preflight": PreflightConfig,
     "status": StatusConfig,
     "logs": LogsConfig,
+    "checkpoint": CheckpointConfig,
 }
 
 

@@ -1,10 +1,11 @@
 """Writing checkpoints: every rank its own file, in parallel, and all of it or nothing.
 
-    1. rank 0 makes checkpoints/.tmp-step-N; every rank writes its fragments into it, hashing on
-       the way, and syncs the file to the disk
+    1. every rank writes its fragments into checkpoints/.tmp-step-N, hashing chunks in threads
+       meanwhile, and syncs file and folder to the disk
     2. ranks exchange sizes and hashes, or what went wrong
-    3. rank 0 adds the small files and the manifest, syncs, renames the folder to step-N, and only
-       then points `latest` at it and deletes checkpoints beyond `keep`
+    3. rank 0 adds the small files and the manifest, checks that the fragments of all files cover
+       every tensor, syncs, renames the folder to step-N, and only then points `latest` at it
+    4. ranks learn the outcome; rank 0 deletes what retention.py says
 
 A failure before the rename leaves nothing but the earlier checkpoints, untouched.
 """
@@ -15,53 +16,70 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 import yaml
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 import llmtrain
-from llmtrain.checkpoint import Manifest, list_checkpoints, sha256_of, step_name
+from llmtrain.checkpoint import list_checkpoints, refuse
 from llmtrain.distributed import World, broadcast_object, gather_objects
+from llmtrain.fragments import read_index, uncovered
+from llmtrain.manifest import (
+    CHUNK_BYTES,
+    BadCheckpoint,
+    Manifest,
+    hash_file,
+    incomplete,
+    rank_file,
+    step_name,
+)
+from llmtrain.train.image import Image, Streamed
 from llmtrain.train.partitions import Fragment
+from llmtrain.train.retention import Retention
 
-DTYPES = {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}
+# Threads that hash; one makes 0.5 to 2 GB/s.
+HASHERS = 4
 
 
-def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> dict:
-    """Write a safetensors file one tensor at a time, synced; returns its size and sha256.
+class SaveFailed(ValueError):
+    """A checkpoint could not be written, for a reason that lies outside (a full disk)."""
 
-    tensors: 1-D; on any device, copied to the host one by one.
+
+def write_file(
+    path: Path,
+    size: int,
+    chunk_at: Callable[[int, int], memoryview],
+    pool: ThreadPoolExecutor,
+    *,
+    ahead: int | None,
+) -> dict:
+    """Write and sync a file while the pool hashes its chunks; returns its entry in a manifest.
+
+    chunk_at(start, end) gives those bytes; they stay valid until it was called `ahead` more times,
+    None: for good.
     """
-    tensors = list(tensors)
-    header, end = {}, 0
-    for key, tensor in tensors:
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[key] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # data is aligned to 8 bytes
-    digest, size = hashlib.sha256(), 0
-    with path.open("wb") as file:
+    digests: list[Future[str]] = []
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        for start in range(0, size, CHUNK_BYTES):
+            if ahead is not None and len(digests) >= ahead:
+                digests[-ahead].result()
+            chunk = chunk_at(start, min(size, start + CHUNK_BYTES))
+            digests.append(pool.submit(hash_chunk, chunk))
+            while chunk:
+                chunk = chunk[os.write(descriptor, chunk) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return {"size": size, "sha256": [digest.result() for digest in digests]}
 
-        def put(data: bytes | memoryview) -> None:
-            nonlocal size
-            file.write(data)
-            digest.update(data)
-            size += len(data)
 
-        put(len(encoded).to_bytes(8, "little"))
-        put(encoded)
-        for _, tensor in tensors:
-            put(memoryview(tensor.detach().cpu().contiguous().numpy()).cast("B"))
-        file.flush()
-        os.fsync(file.fileno())
-    return {"size": size, "sha256": digest.hexdigest()}
+def hash_chunk(chunk: memoryview) -> str:
+    return hashlib.sha256(chunk).hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -81,9 +99,11 @@ def sync_folder(path: Path) -> None:
 
 
 class CheckpointWriter:
-    """Saves the checkpoints of one run; every method is called by all ranks together.
+    """Writes the checkpoints of one run; every method but path is called by all ranks together.
 
-    corpus_files: name -> path of files that go along (tokenizer.json, token_bytes.npy).
+    corpus_files: name -> path of files that go along (tokenizer.json, token_bytes.npy). group: the
+    process group in which ranks talk about a save; None: the training's. keep, keep_every: how many
+    of the newest good checkpoints stay, and of which steps all do.
     """
 
     def __init__(
@@ -96,94 +116,105 @@ class CheckpointWriter:
         vocab_size: int,
         parameters: dict[str, tuple[int, ...]],
         corpus_files: dict[str, Path],
+        keep_every: int | None = None,
+        group: ProcessGroup | None = None,
     ):
-        self.run_dir, self.world, self.config, self.keep = run_dir, world, config, keep
+        self.run_dir, self.world, self.config, self.group = run_dir, world, config, group
         self.vocab_size, self.parameters = vocab_size, parameters
         self.corpus_files = corpus_files
         self.folder = run_dir / "checkpoints"
-        self.suspect: int | None = None
-
-    def save(
-        self, step: int, fragments: list[Fragment], generators: dict[str, Tensor], trainer: dict
-    ) -> Path:
-        """Write checkpoints/step-<step>; ValueError on all ranks when any rank could not.
-
-        generators: this rank's random generator states; trainer: the content of trainer.json.
-        """
-        temporary = self.folder / f".tmp-{step_name(step)}"
-        self.together(lambda: self.prepare(temporary), step)
-        name = f"rank-{self.world.rank:05d}.safetensors"
-        tensors = [
-            (f"{kind}|{fragment.name}|{fragment.offset}", view)
-            for fragment in fragments
-            for kind, view in fragment.views.items()
-        ]
-        tensors += [(f"{kind}|{self.world.rank}|0", state) for kind, state in generators.items()]
-        entry, failure = None, None
-        try:
-            entry = write_tensors(temporary / name, tensors)
-        except OSError as error:
-            failure = f"rank {self.world.rank}: {error}"
-        results = gather_objects((name, entry, failure), self.world)
-        failures = [failure for _, _, failure in results if failure]
-        if failures:
-            self.give_up(temporary, step, failures)
-        files = {name: entry for name, entry, _ in results}
-        self.together(lambda: self.commit(temporary, step, files, trainer), step)
-        return self.path(step)
+        self.retention = Retention(run_dir, keep=keep, keep_every=keep_every)
+        self.pool = ThreadPoolExecutor(HASHERS, thread_name_prefix="hash")
+        if world.rank == 0:
+            self.delete_leftovers()
+        broadcast_object(None, world, group)  # nobody writes before that
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""
         return self.folder / step_name(step)
 
-    def together(self, action, step: int) -> None:
-        """Rank 0 acts; all ranks go on, or all raise."""
-        failure = None
-        if self.world.rank == 0:
-            try:
-                action()
-            except OSError as error:
-                failure = str(error)
-        failure = broadcast_object(failure, self.world)
-        if failure:
-            self.give_up(self.folder / f".tmp-{step_name(step)}", step, [failure])
+    def delete_leftovers(self) -> None:
+        """What an interrupted save left."""
+        for leftover in self.folder.glob(".tmp-*"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
-    def give_up(self, temporary: Path, step: int, failures: list[str]) -> None:
+    def save(
+        self, step: int, fragments: list[Fragment], generators: dict[str, Tensor], trainer: dict
+    ) -> Path:
+        """Write checkpoints/step-<step> from live tensors, which must not change meanwhile.
+
+        generators: this rank's random generator states; trainer: the content of trainer.json.
+        SaveFailed on all ranks when any rank could not.
+        """
+        image = Image.of(fragments, generators, self.world.rank)
+        self.write(step, image, Streamed(image), trainer)
+        self.delete_old(step)
+        return self.path(step)
+
+    def write(self, step: int, image: Image, source: Streamed, trainer: dict) -> int:
+        """Write an image of this rank's file, and commit what all ranks wrote; its bytes.
+
+        SaveFailed on all ranks when any rank could not.
+        """
+        temporary = self.folder / f".tmp-{step_name(step)}"
+        entry, failure = None, None
+        try:
+            temporary.mkdir(parents=True, exist_ok=True)
+            file = temporary / rank_file(self.world.rank)
+            entry = write_file(file, image.size, source.chunk, self.pool, ahead=source.ahead)
+            sync_folder(temporary)
+        except OSError as error:
+            failure = f"rank {self.world.rank}: {error}"
+        results = gather_objects((entry, image.kinds, failure), self.world, self.group)
+        failures = [failure for _, _, failure in results if failure]
         if self.world.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if not failures:
+                try:
+                    self.commit(temporary, step, results, trainer)
+                except (OSError, BadCheckpoint) as error:
+                    failures = [str(error)]
+            if failures:
+                shutil.rmtree(temporary, ignore_errors=True)
+        failures = broadcast_object(failures, self.world, self.group)
+        if failures:
+            raise self.failed(step, failures)
+        return sum(entry["size"] for entry, _, _ in results)
+
+    def failed(self, step: int, failures: list[str]) -> SaveFailed:
         earlier = list_checkpoints(self.run_dir)
         kept = f"the last one is {earlier[-1][1]}" if earlier else "there is none yet"
-        raise ValueError(
+        return SaveFailed(
             f"checkpoint of step {step}: could not be written to {self.folder}: "
             f"{'; '.join(failures)}. Earlier checkpoints are untouched ({kept}); free space or "
             "make the folder writable, then start the same command again to continue"
         )
 
-    def prepare(self, temporary: Path) -> None:
-        """An empty folder to write into; leftovers of interrupted saves go."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".tmp-*"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        temporary.mkdir()
+    def commit(self, temporary: Path, step: int, results: list[tuple], trainer: dict) -> None:
+        """The small files, the manifest, and the renames that make the checkpoint exist.
 
-    def commit(self, temporary: Path, step: int, files: dict[str, dict], trainer: dict) -> None:
-        """The small files, the manifest, and the renames that make the checkpoint exist."""
+        results: (entry of the file, kinds of its fragments, _) of each rank.
+        """
         write_text(temporary / "trainer.json", json.dumps(trainer, indent=1))
         write_text(temporary / "config.yaml", yaml.safe_dump(self.config, sort_keys=False))
         for name, source in self.corpus_files.items():
             shutil.copyfile(source, temporary / name)
             sync_folder(temporary / name)
+        files = {rank_file(rank): entry for rank, (entry, _, _) in enumerate(results)}
         for name in ("trainer.json", "config.yaml", *self.corpus_files):
-            path = temporary / name
-            files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
+            files[name] = hash_file(temporary / name)
         manifest = Manifest(
             step=step,
             world_size=self.world.size,
             vocab_size=self.vocab_size,
             code_version=llmtrain.__version__,
             parameters={name: list(shape) for name, shape in self.parameters.items()},
+            kinds={name: kinds for _, all_kinds, _ in results for name, kinds in all_kinds.items()},
             files=files,
+            chunk_bytes=CHUNK_BYTES,
         )
+        # Files of ranks on other machines are looked at through this one: the folder is shared.
+        refuse(temporary, list(incomplete(temporary, manifest).values()))
+        refuse(temporary, uncovered(manifest, read_index(temporary, manifest)))
         write_text(temporary / "manifest.json", manifest.to_json())
         sync_folder(temporary)
         final = self.path(step)
@@ -193,15 +224,12 @@ class CheckpointWriter:
         write_text(pointer, final.name + "\n")
         pointer.replace(self.folder / "latest")
         sync_folder(self.folder)
-        self.delete_old(step)
+        self.retention.written(final)
 
     def delete_old(self, step: int) -> None:
-        """Delete all but the `keep` newest up to the one just written, which is good.
+        """What need not be kept after the checkpoint of this step."""
+        if self.world.rank == 0:
+            self.retention.apply(step)
 
-        What the run would go back to if steps from `suspect` on had to be undone stays too.
-        """
-        written = [(at, path) for at, path in list_checkpoints(self.run_dir) if at <= step]
-        sound = [path for at, path in written if self.suspect is not None and at < self.suspect]
-        for _, path in written[: -self.keep]:
-            if path not in sound[-1:]:
-                shutil.rmtree(path)
+    def close(self) -> None:
+        self.pool.shutdown()

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -37,6 +38,7 @@ from llmtrain.train.meter import Meter, peak_memory
 from llmtrain.train.module import TrainModule
 from llmtrain.train.rollback import Course
 from llmtrain.train.runlog import LOGGERS, RunLog
+from llmtrain.train.saving import Saver
 from llmtrain.train.schedule import announce_resume
 from llmtrain.train.setup import Setup
 from llmtrain.train.stopping import StopRequest
@@ -44,6 +46,9 @@ from llmtrain.train.stragglers import Stragglers, own_work_ends
 from llmtrain.train.watchdog import Watch, Watchdog, collective_timeout
 
 log = logging.getLogger(__name__)
+
+# Ranks wait that long for the slowest one's file.
+SAVE_TIMEOUT = timedelta(hours=2)
 
 
 def train(config: dict) -> dict:
@@ -90,6 +95,7 @@ class Run:
         self.rows = setup.plan.rows
         self.step_tokens = self.rows * setup.plan.seq_len
         self.start = start = resume.choose(self.knobs["resume"], setup.run_dir, self.world)
+        trainer = {}
         if start is not None:
             trainer = resume.read_trainer(start)
             resume.check_config(start, setup.config)
@@ -125,15 +131,8 @@ class Run:
         self.load(start, fresh=True)
         self.saved_step = self.first_step = self.step
         self.course = self.known_course()
-        self.writer = CheckpointWriter(
-            setup.run_dir,
-            self.world,
-            config=setup.config,
-            keep=self.knobs["keep"],
-            vocab_size=setup.loader.vocab_size,
-            parameters=self.engine.shapes,
-            corpus_files={name: setup.corpus / name for name in (TOKENIZER_FILE, TOKEN_BYTES_FILE)},
-        )
+        self.run_id = resume.claim_run_id(setup.run_dir, start, trainer, self.world)
+        self.saver = self.make_saver()
         self.health = setup.config["health"]
         self.comparison = Comparison(module, self.world, watchdog.ranks)
         self.stragglers = Stragglers(
@@ -207,6 +206,26 @@ class Run:
             course = course.known_to(self.setup.run_dir, self.step, stream=stream, rows=self.rows)
         return distributed.broadcast_object(course, self.world)
 
+    def make_saver(self) -> Saver:
+        """The writer of this run's checkpoints, with its host memory."""
+        corpus = self.setup.corpus
+        writer = CheckpointWriter(
+            self.setup.run_dir,
+            self.world,
+            config=self.setup.config,
+            keep=self.knobs["keep"],
+            keep_every=self.knobs["keep_every"],
+            vocab_size=self.setup.loader.vocab_size,
+            parameters=self.engine.shapes,
+            corpus_files={name: corpus / name for name in (TOKENIZER_FILE, TOKEN_BYTES_FILE)},
+            group=distributed.side_group(self.world, SAVE_TIMEOUT),
+        )
+        saver = Saver(
+            writer, background=self.knobs["async_save"], failures=self.knobs["save_failures"]
+        )
+        saver.reserve(self.engine.fragments(), resume.generators(self.device))
+        return saver
+
     def train(self) -> dict:
         """All steps, or those until a signal; then the last checkpoint. Returns the summary."""
         while self.guard.stretch or (self.step < self.setup.plan.steps and not self.stopping):
@@ -215,11 +234,14 @@ class Run:
             with self.batches() as batches:
                 self.steps(batches)
             self.read_results(behind=0)
+        self.saver.settle()  # ends here, on all ranks, when saves kept failing
         if self.stopping:
             self.log.say(f"stopped on request at step {self.step}; the same command continues")
         elif self.validated.get("step") != self.step:
             self.validate()
         self.save()
+        self.saver.finish()
+        self.report_saves()
         return self.summarise()
 
     def batches(self) -> Prefetcher:
@@ -267,6 +289,7 @@ class Run:
             raise rollback.exhausted(run_dir, limit, skips)
         began = time.perf_counter()
         self.watch.at("rollback")
+        self.saver.settle()
         path = rollback.choose(run_dir, skips[0].step, self.start, self.world)
         data = self.course.data
         first, end = data.at(skips[0].step - 1), data.at(skips[-1].step - 1) + 1
@@ -315,13 +338,14 @@ class Run:
         lr = self.setup.optimizer.lr * ratio
         self.step += 1
         self.stop.install()
-        stop = self.stop.requested is not None
+        stop = self.stop.requested is not None or self.saver.exhausted
         limits = self.guard.limits(self.step)
         pending = self.engine.update(ratio, stop=stop, limits=limits)
         self.pending.append((self.step, lr, limits, pending))
         self.faults.after(self.step, self.engine.module)
         self.watch.at("read_results")
         self.read_results(behind=self.behind)
+        self.report_saves()
 
     def read_results(self, *, behind: int) -> None:
         """Take note of all steps but the last `behind`, up to one that sends the run back."""
@@ -376,7 +400,7 @@ class Run:
         self.log.interval(self.step, "val", values | tokens)
 
     def save(self) -> None:
-        """A checkpoint of this step, unless there is one."""
+        """Begin a checkpoint of this step, unless there is one."""
         if self.saved_step == self.step:
             return
         self.compare()
@@ -394,10 +418,11 @@ class Run:
                 "data_fingerprint": self.setup.loader.fingerprint,
                 "data_stream": self.setup.loader.stream_hash,
                 "interval": self.meter.state(),
+                "run_id": self.run_id,
             }
             states = resume.generators(self.device)
-            self.writer.suspect = self.guard.suspect
-            self.writer.save(self.step, self.engine.fragments(), states, trainer)
+            self.saver.writer.retention.suspect = self.guard.suspect
+            self.saver.save(self.step, self.engine.fragments(), states, trainer)
         self.saved_step = self.step
 
     def compare(self) -> None:
@@ -416,6 +441,15 @@ class Run:
                 "corpus": number_of(self.setup.loader.fingerprint),
             }
             self.comparison.check(self.step, counters)
+
+    def report_saves(self) -> None:
+        """Note the saves that became durable, or failed, since the last call."""
+        for save in self.saver.take_finished():
+            if save.failure is None:
+                self.log.interval(save.step, "save", save.metrics(), now=self.step)
+            else:
+                reason = str(save.failure)
+                self.log.step(save.step, {"event": "save_failed", "reason": reason})
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -449,7 +483,8 @@ class Run:
             "skipped": self.guard.skipped,
             "rollbacks": self.course.number,
             "val": self.validated or None,
-            "checkpoint": str(self.writer.path(self.step)),
+            "save_failures": self.saver.failed,
+            "checkpoint": str(self.saver.writer.path(self.step)),
             "ranks": self.world.size,
             **self.meter.overall(),
         }
@@ -469,5 +504,7 @@ class Run:
 
     def close(self) -> None:
         gc.unfreeze()
+        self.saver.close()
+        self.report_saves()
         self.log.close()
         self.engine.close()

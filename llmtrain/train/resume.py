@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import json
 import logging
+import re
+import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import yaml
 from torch import nn
 
 from llmtrain import checkpoint
-from llmtrain.checkpoint import FragmentReader
+from llmtrain.checkpoint import BadCheckpoint, FragmentReader, Wanted
 from llmtrain.config import diff
-from llmtrain.distributed import World, broadcast_object
+from llmtrain.distributed import World, broadcast_object, gather_objects
 from llmtrain.train.engine import Engine
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # What may change between a checkpoint and the run that continues it: where and how fast it runs,
 # what it logs, how long it goes on. Everything else decides what is learned.
@@ -36,7 +42,10 @@ MAY_CHANGE = (
     "train.val_every",
     "train.val_tokens",
     "train.save_every",
+    "train.async_save",
+    "train.save_failures",
     "train.keep",
+    "train.keep_every",
     "train.resume",
     "train.max_skipped",  # of older checkpoints; guard.max_skipped now
     "train.deterministic",
@@ -59,6 +68,7 @@ MAY_NOT_CHANGE = ("data.weights", "data.weights.*")
 
 # What a run writes into its folder.
 WRITTEN = (
+    "run_id",
     "checkpoints",
     "config.yaml",
     "git.diff",
@@ -75,43 +85,133 @@ WRITTEN = (
 
 
 def choose(resume: str, run_dir: Path, world: World) -> Path | None:
-    """The checkpoint to continue from (verified), or None to start from scratch. All ranks call it.
+    """The checkpoint to continue from, verified, or None to start from scratch. All ranks call it:
+    each reads its share of every candidate.
 
     resume: auto, never, or a checkpoint or run folder.
     """
-    path, failure = None, None
+    candidates = first_decides(lambda: find(resume, run_dir), world)
+    for path in candidates:
+        found = gather_objects(checkpoint.problems(path, rank=world.rank, size=world.size), world)
+        try:
+            checkpoint.refuse(path, list(dict.fromkeys(itertools.chain(*found))))
+        except BadCheckpoint as error:
+            if path == Path(resume):  # this one and no other
+                raise
+            log.warning("not used: %s", error)
+        else:
+            first_decides(lambda path=path: settle_on(path, run_dir), world)
+            return path
+    if candidates:
+        raise ValueError(
+            f"train.resume={resume}: every checkpoint in {candidates[0].parent} is damaged (named "
+            "above), expected one to continue from; set train.resume=never to start over"
+        )
+    return None
+
+
+def first_decides(action: Callable[[], T], world: World) -> T:
+    """What action() gives on rank 0, on every rank; so is its ValueError."""
+    result, failure = None, None
     if world.rank == 0:
         try:
-            path = choose_alone(resume, run_dir)
+            result = action()
         except ValueError as error:
             failure = str(error)
-    path, failure = broadcast_object((path, failure), world)
+    result, failure = broadcast_object((result, failure), world)
     if failure:
         raise ValueError(failure)
-    return path
+    return result
 
 
-def choose_alone(resume: str, run_dir: Path) -> Path | None:
-    if resume not in ("auto", "never"):
-        if not Path(resume).is_dir():
-            raise ValueError(
-                f"train.resume: got {resume!r}, which is no folder, expected auto, never, or a "
-                "checkpoint folder; list those of a run with `ls <run_dir>/checkpoints`"
-            )
-        path = checkpoint.resolve(resume)
-    elif resume == "auto":
-        path = checkpoint.newest_good(run_dir)
-        if path is None and checkpoint.list_checkpoints(run_dir):
-            raise ValueError(
-                f"train.resume=auto: every checkpoint in {run_dir} is damaged (named above), "
-                "expected one to continue from; set train.resume=never to start over"
-            )
-    else:
+def find(resume: str, run_dir: Path) -> list[Path]:
+    """The checkpoints to try, in this order."""
+    if resume == "never":
         set_run_aside(run_dir)
+        return []
+    own = newest_first(run_dir)
+    if resume == "auto":
+        return own
+    path = Path(resume)
+    if not path.is_dir():
+        raise ValueError(
+            f"train.resume: got {resume!r}, which is no folder, expected auto, never, or a "
+            "checkpoint folder; list those of a run with `llmtrain checkpoint list run_dir=...`"
+        )
+    if own and run_dir.resolve() not in (path.resolve(), *path.resolve().parents):
+        if started_from(run_dir) != resume:
+            raise ValueError(
+                f"train.resume: got a checkpoint of another run, {resume}, but {run_dir} holds "
+                "checkpoints of a run that did not start from it, expected a new run_dir; set "
+                "run_dir=... (or name=...), or train.resume=auto to continue the run there"
+            )
+        log.warning("%s started from %s and has checkpoints of its own: continued", run_dir, path)
+        return own
+    if (path / "manifest.json").exists():
+        return [path]
+    if not newest_first(path):
+        checkpoint.read_manifest(path)  # says that there is none
+    return newest_first(path)
+
+
+def newest_first(run_dir: Path) -> list[Path]:
+    return [path for _, path in reversed(checkpoint.list_checkpoints(run_dir))]
+
+
+def started_from(run_dir: Path) -> str | None:
+    """train.resume of the latest start in a run folder."""
+    try:
+        saved = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+        return saved["train"]["resume"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError):
         return None
-    if path is not None:
-        set_later_aside(run_dir, checkpoint.read_manifest(path).step)
-    return path
+
+
+def settle_on(path: Path, run_dir: Path) -> None:
+    """Refuse what another run made, and set aside what is not continued."""
+    theirs, ours = read_trainer(path).get("run_id"), read_run_id(run_dir)
+    inside = run_dir.resolve() in path.resolve().parents
+    if inside and ours and theirs and ours != theirs:
+        raise ValueError(
+            f"train.resume: {path} was made by run {theirs[:12]}, but {run_dir} is the folder of "
+            f"run {ours[:12]} (its file run_id): two runs are mixed there, expected checkpoints "
+            f"of one; move this one away, or start a run from it with train.resume={path} and a "
+            "new run_dir"
+        )
+    set_later_aside(run_dir, checkpoint.read_manifest(path).step)
+
+
+def read_run_id(run_dir: Path) -> str | None:
+    """The id of the run whose folder this is; None before its first start."""
+    file = run_dir / "run_id"
+    if not file.exists():
+        return None
+    text = file.read_text(encoding="utf-8").strip()
+    if not re.fullmatch(r"[0-9a-f]{32}", text):
+        raise ValueError(
+            f"{file}: got {text[:40]!r}, expected 32 hexadecimal digits; write the run_id of a "
+            "checkpoint's trainer.json into it, or remove it"
+        )
+    return text
+
+
+def claim_run_id(run_dir: Path, start: Path | None, trainer: dict, world: World) -> str:
+    """The id of the run in this folder, the same at every start. All ranks call it.
+
+    start, trainer: the checkpoint to continue from and its counters.
+    """
+
+    def claim() -> str:
+        if known := read_run_id(run_dir):
+            return known
+        continued = start is not None and run_dir.resolve() in start.resolve().parents
+        run_id = (trainer.get("run_id") if continued else None) or uuid.uuid4().hex
+        temporary = run_dir / "run_id.tmp"
+        temporary.write_text(run_id + "\n", encoding="utf-8")
+        temporary.replace(run_dir / "run_id")
+        return run_id
+
+    return first_decides(claim, world)
 
 
 def set_later_aside(run_dir: Path, step: int) -> None:
@@ -155,7 +255,8 @@ def check_config(path: Path, config: dict) -> None:
         shown = "; ".join(f"{key}: {old} then, {new} now" for key, (old, new) in changed.items())
         raise ValueError(
             f"train.resume: {path} was made with another configuration: {shown}. Set these keys "
-            "back to continue it, or start over with train.resume=never or another run_dir"
+            "back to continue it, or start over with train.resume=never or another run_dir. What "
+            f"may change: {', '.join(MAY_CHANGE)}, without {', '.join(MAY_NOT_CHANGE)}"
         )
 
 
@@ -182,9 +283,11 @@ def restore(path: Path, engine: Engine, trainer: dict) -> None:
     """Weights, optimizer state and, at the same number of ranks, random generators."""
     reader = FragmentReader(path)
     reader.check_parameters(engine.shapes)
-    for fragment in engine.to_load():
-        for kind, view in fragment.views.items():
-            reader.read(kind, fragment.name, fragment.offset, view)
+    reader.read_all(
+        Wanted(kind=kind, name=fragment.name, offset=fragment.offset, out=view)
+        for fragment in engine.to_load()
+        for kind, view in fragment.views.items()
+    )
     engine.loaded(trainer["optimizer_steps"])
     world = engine.world
     if reader.manifest.world_size == world.size:

@@ -2,7 +2,7 @@
 
     config.yaml      the resolved configuration      starts.jsonl   one line a start: command,
     git.diff         uncommitted changes, if any                    commit, versions, seed, ranks
-    metrics.jsonl    one line an interval, kind train or val: the truth that trackers mirror
+    metrics.jsonl    one line an interval, kind train, val or save: the truth; trackers mirror it
     ledger.jsonl     one line an optimizer step: applied or why not, loss, norm, lr, samples;
                      and lines with "event": a rollback, a fault
     run.log          messages: the attention backend chosen and why, warnings
@@ -103,7 +103,7 @@ class RunLog:
         if self.writes:
             line = {"event": event, "step": step, "course": self.course, **values}
             write_line(self.ledger, line)
-            os.fsync(self.ledger.fileno())
+            self.ledger.sync()
             shown = ", ".join(f"{name} {value}" for name, value in values.items())
             self.say(f"{event} at step {step}: {shown}")
 
@@ -125,8 +125,12 @@ class RunLog:
             write_line(self.ledger, {"event": event, "step": step, **values})
             self.tracker.log(step, {f"health/{event}": factor})
 
-    def interval(self, step: int, kind: str, values: dict[str, float]) -> None:
+    def interval(
+        self, step: int, kind: str, values: dict[str, float], *, now: int | None = None
+    ) -> None:
         """One line of metrics.jsonl, mirrored to the tracker and the console.
+
+        now: the step that has been reached, if not this one; trackers take no earlier one.
 
         A finished run that is started again validates again: its line is there already.
         """
@@ -136,7 +140,11 @@ class RunLog:
             line = {"step": step, "course": self.course, "kind": kind, **values}
             write_line(self.metrics, line)
         prefix = "" if kind == "train" else f"{kind}/"
-        self.tracker.log(step, {f"{prefix}{name}": value for name, value in values.items()})
+        mirrored = {f"{prefix}{name}": value for name, value in values.items()}
+        try:
+            self.tracker.log(now or step, mirrored)
+        except OSError as error:  # a full disk is no reason to end the training
+            log.warning("the tracker could not write step %d: %s", step, error)
         self.say(console_line(step, self.total_steps, kind, values))
 
     def say(self, text: str) -> None:
@@ -166,9 +174,42 @@ def finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_line(file, values: dict) -> None:
+class Lines:
+    """A log open for appending. What a full disk does not take is kept, and written later."""
+
+    def __init__(self, path: Path):
+        self.path, self.waiting = path, b""
+        self.file = path.open("ab", buffering=0)
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, text: str) -> None:
+        waited = bool(self.waiting)
+        self.waiting += text.encode()
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[self.file.write(self.waiting) :]
+        except OSError as error:
+            if not waited:
+                log.warning("%s is written later: %s", self.path, error)
+
+    def sync(self) -> None:
+        """What was written is on the disk."""
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.write("")
+        if self.waiting:
+            log.error("%s lacks its last %d bytes", self.path, len(self.waiting))
+        self.file.close()
+
+
+def write_line(file: Lines, values: dict) -> None:
     file.write(json.dumps({key: finite(value) for key, value in values.items()}) + "\n")
-    file.flush()
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -184,7 +225,7 @@ def read_lines(path: Path) -> list[dict]:
     return lines
 
 
-def append_from(path: Path, step: int, course: int):
+def append_from(path: Path, step: int, course: int) -> Lines:
     """Open a log for appending after that step of that course.
 
     What the course did later goes, and all of later courses, which are left; events stay, but for
@@ -201,7 +242,7 @@ def append_from(path: Path, step: int, course: int):
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
     temporary.replace(path)
-    return path.open("a", encoding="utf-8")
+    return Lines(path)
 
 
 # Name in metrics.jsonl -> how the console shows it.
@@ -218,6 +259,10 @@ CONSOLE = {
     "memory_gib": "mem {:.2f} GiB",
     "guard/skipped": "skipped {:.0f}",
     "guard/rollbacks": "rollbacks {:.0f}",
+    "bytes": "durable, {:,.0f} bytes",
+    "write_seconds": "written in {:.2f} s",
+    "bytes_per_second": "{:,.0f} bytes/s",
+    "stall_seconds": "training waited {:.3f} s",
 }
 
 # Shown only when there was any.

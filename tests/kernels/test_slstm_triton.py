@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from llmtrain_kernels.slstm import slstm
@@ -66,6 +67,9 @@ def errors(got, expected):
 @hosts
 def test_in_the_interpreter():
     """The tests of this file that run kernels, on the CPU."""
+    major_minor = [tuple(map(int, m.__version__.split(".")[:2])) for m in (triton, np)]
+    if major_minor[0] < (3, 7) and major_minor[1] >= (2, 4):
+        pytest.skip("before Triton 3.7 its interpreter has no loops to a variable with NumPy 2.4")
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -251,17 +255,18 @@ def compiled(kernel, width, **options):
 
 @hosts
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize(("width", "spills"), [(64, 0), (128, 32)])
+@pytest.mark.parametrize(("width", "spills"), [(16, 0), (32, 0), (64, 0), (128, 32)])
 def test_registers_suffice(tmp_path, width, spills, documents):
-    """On an H100 the kernels keep what they work with in registers, but for a few addresses that
-    the backward kernel stores until its end, and exchange h alone through shared memory."""
+    """On an H100 the kernels keep what they work with in registers, but for a few addresses at
+    V = 128, and threads exchange h alone, or the gradients of gates and their size: loads and
+    stores have the layout of products. A barrier before an exchange, one in it."""
     from llmtrain_kernels.slstm.kernels import slstm_bwd_kernel, slstm_fwd_kernel
 
     forward = {"EXPONENTIAL": False, "SAVE": True}
-    for kernel, most, options in ((slstm_fwd_kernel, 0, forward), (slstm_bwd_kernel, spills, {})):
+    for kernel, barriers, options in ((slstm_fwd_kernel, 2, forward), (slstm_bwd_kernel, 11, {})):
         binary, tool = compiled(kernel, width, DOCUMENTS=documents, **options)
         file = tmp_path / "kernel.cubin"
         file.write_bytes(binary.asm["cubin"])
         said = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True).stdout
-        assert int(re.search(r"STACK:(\d+)", said).group(1)) <= most
-        assert binary.metadata.shared <= 64 * width
+        assert int(re.search(r"STACK:(\d+)", said).group(1)) <= spills
+        assert binary.asm["ptx"].count("bar.sync") <= barriers

@@ -8,9 +8,9 @@ A step is: h to shared memory, a barrier, products with R, gates. What its code 
 - R is read anew for every token, 4 bytes a weight, from the nearest cache that holds it (V = 128),
   or stays in registers (V <= 64). In memory it has the order in which threads want it (arranged()
   in persistent.py), so that it goes from there into the operands' registers.
-- A tile [16, V] is a tensor [V / 8W, 2, W, 8, 4, 2] with W warps: a thread's registers, warps and
-  lanes as a product's result has them. Loads and stores take on that order by themselves; as
-  [16, V] every one of them would be an exchange through shared memory.
+- A tile of 16 rows and V columns is a tensor [8 V, 2]: pairs of columns in the order in which W
+  warps hold a product's result, [V / 8 W columns, 2 rows, W columns, 8 rows, 4 columns]. Loads and
+  stores take on that order by themselves; as [16, V] each would go through shared memory.
 - What the backward pass reads of a token is on its way during the token after it.
 
 Another assignment of elements to threads than the one meant would be slower, not wrong.
@@ -28,47 +28,71 @@ LOG_FORGET_MAX = tl.constexpr(1e30)  # as in reference.py
 
 @triton.jit
 def tile_index(V: tl.constexpr, W: tl.constexpr):
-    """(row, column) of a tile's elements: [1, 2, 1, 8, 1, 1] and [V / 8W, 1, W, 1, 4, 2]."""
-    i_row = tl.arange(0, 2)[:, None] * 8 + tl.arange(0, 8)[None, :]
-    i_c = tl.arange(0, V // (8 * W))[:, None, None, None, None, None]
-    i_w = tl.arange(0, W)[None, None, :, None, None, None]
-    i_q = tl.arange(0, 4)[None, None, None, None, :, None]
-    i_p = tl.arange(0, 2)[None, None, None, None, None, :]
-    return i_row[None, :, None, :, None, None], ((i_c * W + i_w) * 4 + i_q) * 2 + i_p
+    """(row [8 V, 1], column [8 V, 2]) of a tile's elements."""
+    i = tl.arange(0, 8 * V)[:, None]
+    i_row = i // (32 * W) % 2 * 8 + i // 4 % 8
+    i_pair = (i // (64 * W) * W + i // 32 % W) * 4 + i % 4
+    return i_row, i_pair * 2 + tl.arange(0, 2)[None, :]
 
 
 @triton.jit
 def from_matrix(b_matrix, V: tl.constexpr, W: tl.constexpr):
     """A tile from [16, V]."""
     b_tile = tl.reshape(b_matrix, (2, 8, V // (8 * W), W, 4, 2))
-    return tl.permute(b_tile, (2, 0, 3, 1, 4, 5))
+    return tl.reshape(tl.permute(b_tile, (2, 0, 3, 1, 4, 5)), (8 * V, 2))
 
 
 @triton.jit
-def halves(b_tile, V: tl.constexpr):
+def halves(b_tile, V: tl.constexpr, W: tl.constexpr):
     """(hi, lo) of a tile as matrices [16, V]."""
-    b_matrix = tl.reshape(tl.permute(b_tile, (1, 3, 0, 2, 4, 5)), (ROWS, V))
+    b_matrix = tl.reshape(b_tile, (V // (8 * W), 2, W, 8, 4, 2))
+    b_matrix = tl.reshape(tl.permute(b_matrix, (1, 3, 0, 2, 4, 5)), (ROWS, V))
     b_hi = b_matrix.to(tl.float16)
     return b_hi, ((b_matrix - b_hi.to(tl.float32)) * LOW).to(tl.float16)
 
 
 @triton.jit
-def weights(p_r, V: tl.constexpr, W: tl.constexpr):
-    """(hi, lo) of a gate's [V, V], arranged."""
-    return arranged_matrix(p_r, V, W), arranged_matrix(p_r + V * V, V, W)
+def row_scale(b_tile, V: tl.constexpr, W: tl.constexpr):
+    """(the power of two below the largest element of a row, one over it), [8 V, 1], of elements
+    >= 0. Those of a row below float32's normal range count as zeros."""
+    C: tl.constexpr = V // (8 * W)
+    b_y = tl.max(tl.reshape(tl.max(b_tile, 1), (C, 2, W, 8, 4)), 0)
+    b_y = tl.max(tl.reshape(tl.permute(b_y, (0, 2, 1, 3)), (2, 8, W * 4)), 2)
+    b_bits = tl.minimum(b_y.to(tl.int32, bitcast=True) & (255 << 23), 253 << 23)
+    b_bits = tl.broadcast_to(b_bits[None, :, None, :, None], (C, 2, W, 8, 4))
+    b_bits = tl.reshape(b_bits, (8 * V, 1))
+    inverse = (254 << 23) - b_bits
+    return b_bits.to(tl.float32, bitcast=True), inverse.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def resident_weights(p_r, V: tl.constexpr, W: tl.constexpr, RESIDENT: tl.constexpr):
-    """weights() of all four gates, to be held, or nothing."""
+def weights(p_r, GATE: tl.constexpr, V: tl.constexpr, W: tl.constexpr):
+    """(hi, lo) of a gate's [V, V], arranged."""
+    p_r += GATE * 2 * V * V
+    return arranged_matrix(p_r, GATE, V, W), arranged_matrix(p_r + V * V, GATE, V, W)
+
+
+@triton.jit
+def arranged_matrix(p_r, GATE: tl.constexpr, V: tl.constexpr, W: tl.constexpr):
+    """With V = 128, R is 256 KB and a little too much for the first cache of an H100: what is read
+    in turn would drive out what is wanted next. So the last gate's goes around it."""
+    PAIRS: tl.constexpr = 2 if V >= 32 else 1
+    p_flat = p_r + tl.arange(0, V * V)
+    if GATE == 3 and V == 128:
+        b_flat = tl.load(p_flat, cache_modifier=".cg")
+    else:
+        b_flat = tl.load(p_flat, eviction_policy="evict_last")
+    b_r = tl.reshape(b_flat, (V // (8 * W), V // (16 * PAIRS), W, 8, 4, PAIRS, 2, 2))
+    return tl.reshape(tl.permute(b_r, (1, 5, 6, 4, 7, 0, 2, 3)), (V, V))
+
+
+@triton.jit
+def held_weights(p_r, V: tl.constexpr, W: tl.constexpr, RESIDENT: tl.constexpr):
+    """weights() of all four gates for gate_weights() to choose from, or nothing."""
     if RESIDENT:
-        G: tl.constexpr = 2 * V * V
-        return (
-            weights(p_r, V, W),
-            weights(p_r + G, V, W),
-            weights(p_r + 2 * G, V, W),
-            weights(p_r + 3 * G, V, W),
-        )
+        r_z, r_i = weights(p_r, 0, V, W), weights(p_r, 1, V, W)
+        r_f, r_o = weights(p_r, 2, V, W), weights(p_r, 3, V, W)
+        return r_z, r_i, r_f, r_o
     else:
         return ()
 
@@ -77,19 +101,11 @@ def resident_weights(p_r, V: tl.constexpr, W: tl.constexpr, RESIDENT: tl.constex
 def gate_weights(
     held, p_r, GATE: tl.constexpr, V: tl.constexpr, W: tl.constexpr, RESIDENT: tl.constexpr
 ):
-    """weights() of one gate, held or loaded: at their product, as all at once do not fit."""
+    """weights(), held or loaded now: at its product, because all four do not fit."""
     if RESIDENT:
         return held[GATE]
     else:
-        return weights(p_r + GATE * 2 * V * V, V, W)
-
-
-@triton.jit
-def arranged_matrix(p_r, V: tl.constexpr, W: tl.constexpr):
-    PAIRS: tl.constexpr = 2 if V >= 32 else 1
-    b_flat = tl.load(p_r + tl.arange(0, V * V), eviction_policy="evict_last")
-    b_r = tl.reshape(b_flat, (V // (8 * W), V // (16 * PAIRS), W, 8, 4, PAIRS, 2, 2))
-    return tl.reshape(tl.permute(b_r, (1, 5, 6, 4, 7, 0, 2, 3)), (V, V))
+        return weights(p_r, GATE, V, W)
 
 
 @triton.jit
@@ -104,7 +120,7 @@ def product(b_h, r, V: tl.constexpr, W: tl.constexpr):
 def add_product(b_main, b_low, b_tile, r, V: tl.constexpr, W: tl.constexpr):
     """(main, low), matrices [16, V] of which main + low / 2048 grows by tile R. Apart, because
     what is added to one matrix waits for each other."""
-    b_hi, b_lo = halves(b_tile, V)
+    b_hi, b_lo = halves(b_tile, V, W)
     b_main = tl.dot(b_hi, r[0], b_main)
     b_low = tl.dot(b_hi, r[1], b_low)
     return b_main, tl.dot(b_lo, r[0], b_low)
@@ -171,7 +187,7 @@ def write(p, b_tile, mask):
     tl.store(p, b_tile, mask=mask, cache_modifier=".cg")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "T", "H"])
 def slstm_fwd_kernel(
     # read: [B, T, H, 4V], arranged [H, 4, 2, V, V], [H], (h, c, n, m) [4, B, H, V], [B, T + 1]
     p_x,
@@ -201,7 +217,7 @@ def slstm_fwd_kernel(
     i_row, i_col = tile_index(V, W)
     i_row = (i_row + i_tile * ROWS).to(tl.int64)
     mask = i_row < B
-    o_state = (i_row * H + i_head) * V + i_col  # [V / 8W, 2, W, 8, 4, 2], as all that follow
+    o_state = (i_row * H + i_head) * V + i_col  # [8V, 2], as all that follow
     o_h = (i_row * T * H + i_head) * V + i_col
     o_x = (i_row * T * H + i_head) * 4 * V + i_col
     o_memory = (i_row * (T + 1) * H + i_head) * 2 * V + i_col
@@ -216,25 +232,17 @@ def slstm_fwd_kernel(
         write(p_memory + o_memory + V, b_n, mask)
     r_scale = tl.load(p_r_scale + i_head)
     p_r += i_head * 8 * V * V
-    held = resident_weights(p_r, V, W, RESIDENT)
+    held = held_weights(p_r, V, W, RESIDENT)
     for t in range(T):
-        h_halves = halves(b_h, V)
-        b_z = (
-            read(p_x + o_x, mask)
-            + product(h_halves, gate_weights(held, p_r, 0, V, W, RESIDENT), V, W) * r_scale
-        )
-        b_i = (
-            read(p_x + o_x + V, mask)
-            + product(h_halves, gate_weights(held, p_r, 1, V, W, RESIDENT), V, W) * r_scale
-        )
-        b_f = (
-            read(p_x + o_x + 2 * V, mask)
-            + product(h_halves, gate_weights(held, p_r, 2, V, W, RESIDENT), V, W) * r_scale
-        )
-        b_o = (
-            read(p_x + o_x + 3 * V, mask)
-            + product(h_halves, gate_weights(held, p_r, 3, V, W, RESIDENT), V, W) * r_scale
-        )
+        h_halves = halves(b_h, V, W)
+        r_z = gate_weights(held, p_r, 0, V, W, RESIDENT)
+        b_z = read(p_x + o_x, mask) + product(h_halves, r_z, V, W) * r_scale
+        r_i = gate_weights(held, p_r, 1, V, W, RESIDENT)
+        b_i = read(p_x + o_x + V, mask) + product(h_halves, r_i, V, W) * r_scale
+        r_f = gate_weights(held, p_r, 2, V, W, RESIDENT)
+        b_f = read(p_x + o_x + 2 * V, mask) + product(h_halves, r_f, V, W) * r_scale
+        r_o = gate_weights(held, p_r, 3, V, W, RESIDENT)
+        b_o = read(p_x + o_x + 3 * V, mask) + product(h_halves, r_o, V, W) * r_scale
 
         b_z, log_f, b_slope = activations(b_z, b_f, EXPONENTIAL)
         b_carried = tl.where(b_n == 0, float("-inf"), log_f + b_m)
@@ -270,7 +278,7 @@ def slstm_fwd_kernel(
     tl.store(p_last + 3 * plane + o_state, b_m, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "T", "H"])
 def slstm_bwd_kernel(
     # read: [B, T, H, V], of (h, c, n) after the last [3, B, H, V], arranged R^T [H, 4, 2, V, V],
     # [H], what the forward kernel saved, [B, T + 1]
@@ -298,7 +306,7 @@ def slstm_bwd_kernel(
     i_row, i_col = tile_index(V, W)
     i_row = (i_row + i_tile * ROWS).to(tl.int64)
     mask = i_row < B
-    o_state = (i_row * H + i_head) * V + i_col  # [V / 8W, 2, W, 8, 4, 2], as all that follow
+    o_state = (i_row * H + i_head) * V + i_col  # [8V, 2], as all that follow
     o_h = (i_row * T * H + i_head) * V + i_col
     o_x = (i_row * T * H + i_head) * 4 * V + i_col
     o_memory = (i_row * (T + 1) * H + i_head) * 2 * V + i_col
@@ -322,7 +330,7 @@ def slstm_bwd_kernel(
     b_n_before = tl.load(p_memory + o_memory + V, mask=mask, other=1.0)
     r_scale = tl.load(p_r_scale + i_head)
     p_r += i_head * 8 * V * V
-    held = resident_weights(p_r, V, W, RESIDENT)
+    held = held_weights(p_r, V, W, RESIDENT)
     for k in range(T):
         b_inverse = 1 / b_n
         b_ratio = b_c * b_inverse
@@ -358,31 +366,20 @@ def slstm_bwd_kernel(
         b_c_before = read(p_memory + o_memory, more)
         b_n_before = tl.load(p_memory + o_memory + V, mask=more, other=1.0, cache_modifier=".cg")
 
-        # the power of two below each row's largest element, and one over it
         b_largest = tl.maximum(
             tl.maximum(tl.abs(b_dz), tl.abs(b_di)), tl.maximum(tl.abs(b_df), tl.abs(b_do))
         )
-        b_largest = tl.max(tl.max(b_largest, 0), 4)  # [2, W, 8, 4]
-        b_largest = tl.reshape(tl.permute(b_largest, (0, 2, 1, 3)), (2, 8, 4 * W))
-        b_bits = tl.max(b_largest, 2).to(tl.int32, bitcast=True) & (255 << 23)
-        b_bits = tl.minimum(b_bits, 253 << 23)[None, :, None, :, None, None]
-        scale = b_bits.to(tl.float32, bitcast=True)
-        shrink = ((254 << 23) - b_bits).to(tl.float32, bitcast=True)
-
+        scale, shrink = row_scale(b_largest, V, W)
         b_main = tl.zeros((ROWS, V), tl.float32)
         b_low = tl.zeros((ROWS, V), tl.float32)
-        b_main, b_low = add_product(
-            b_main, b_low, b_dz * shrink, gate_weights(held, p_r, 0, V, W, RESIDENT), V, W
-        )
-        b_main, b_low = add_product(
-            b_main, b_low, b_di * shrink, gate_weights(held, p_r, 1, V, W, RESIDENT), V, W
-        )
-        b_main, b_low = add_product(
-            b_main, b_low, b_df * shrink, gate_weights(held, p_r, 2, V, W, RESIDENT), V, W
-        )
-        b_main, b_low = add_product(
-            b_main, b_low, b_do * shrink, gate_weights(held, p_r, 3, V, W, RESIDENT), V, W
-        )
+        r_z = gate_weights(held, p_r, 0, V, W, RESIDENT)
+        b_main, b_low = add_product(b_main, b_low, b_dz * shrink, r_z, V, W)
+        r_i = gate_weights(held, p_r, 1, V, W, RESIDENT)
+        b_main, b_low = add_product(b_main, b_low, b_di * shrink, r_i, V, W)
+        r_f = gate_weights(held, p_r, 2, V, W, RESIDENT)
+        b_main, b_low = add_product(b_main, b_low, b_df * shrink, r_f, V, W)
+        r_o = gate_weights(held, p_r, 3, V, W, RESIDENT)
+        b_main, b_low = add_product(b_main, b_low, b_do * shrink, r_o, V, W)
         b_dh = from_matrix(b_main, V, W) + from_matrix(b_low, V, W) * (1 / LOW)
         b_dh *= scale * r_scale
         if DOCUMENTS:

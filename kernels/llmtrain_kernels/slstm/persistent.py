@@ -35,6 +35,19 @@ def arranged(r_HGKN: Tensor, warps: int) -> tuple[Tensor, Tensor]:
     return rearrange(r_HG2KN, order, **sizes).contiguous(), scale_H
 
 
+def launch_options(v_width: int, starts_BS: Tensor | None) -> dict[str, int | bool]:
+    """What both kernels are compiled for. One stage: Triton's own pipelining would bring R to
+    shared memory, which is too small for it."""
+    return {
+        "V": v_width,
+        "W": WARPS[v_width],
+        "DOCUMENTS": starts_BS is not None,
+        "RESIDENT": v_width <= RESIDENT,
+        "num_warps": WARPS[v_width],
+        "num_stages": 1,
+    }
+
+
 @torch.library.custom_op("llmtrain::slstm_persistent_forward", mutates_args=())
 def forward(
     x_BTHX: Tensor,
@@ -51,6 +64,7 @@ def forward(
     """
     from llmtrain_kernels.slstm.kernels import ROWS, slstm_fwd_kernel
 
+    assert all(z.is_contiguous() and z.dtype == torch.float32 for z in (x_BTHX, state_4BHV))
     batch, tokens, heads, _ = x_BTHX.shape
     v_width = r_HVX.shape[1]
     h_BTHV, last_4BHV, gates_BTH4V, memory_BSH2V = outputs(x_BTHX, v_width, save)
@@ -69,14 +83,9 @@ def forward(
             batch,
             tokens,
             heads,
-            V=v_width,
-            W=WARPS[v_width],
             EXPONENTIAL=exponential,
-            DOCUMENTS=starts_BS is not None,
             SAVE=save,
-            RESIDENT=v_width <= RESIDENT,
-            num_warps=WARPS[v_width],
-            num_stages=1,
+            **launch_options(v_width, starts_BS),
         )
     return h_BTHV, last_4BHV, gates_BTH4V, memory_BSH2V
 
@@ -111,6 +120,7 @@ def backward(
     """(dx_BTHX, dr_HVX, dstate_4BHV)."""
     from llmtrain_kernels.slstm.kernels import ROWS, slstm_bwd_kernel
 
+    assert all(z.is_contiguous() and z.dtype == torch.float32 for z in (dh_BTHV, dlast_3BHV))
     batch, tokens, heads, v_width = h_BTHV.shape
     dx_BTHX = h_BTHV.new_empty(batch, tokens, heads, 4 * v_width)
     dstate_4BHV = h_BTHV.new_empty(4, batch, heads, v_width)
@@ -129,12 +139,7 @@ def backward(
             batch,
             tokens,
             heads,
-            V=v_width,
-            W=WARPS[v_width],
-            DOCUMENTS=starts_BS is not None,
-            RESIDENT=v_width <= RESIDENT,
-            num_warps=WARPS[v_width],
-            num_stages=1,
+            **launch_options(v_width, starts_BS),
         )
     dstate_4BHV[3] = (rearrange(dstate_4BHV[1:3], "s b h v -> b h s v") * memory_BSH2V[:, 0]).sum(2)
     before_BTHV = torch.cat([h0_BHV[:, None], h_BTHV[:, :-1]], dim=1)
@@ -161,8 +166,7 @@ def outer_products(before_BTHV: Tensor, dx_BTHX: Tensor) -> Tensor:
     sums = []
     for before_BTV, dx_BTX in zip(before_BTHV.unbind(2), dx_BTHX.unbind(2)):
         before_PV, dx_PX = before_BTV.flatten(0, 1), dx_BTX.flatten(0, 1)
-        blocks = (z[:whole].unflatten(0, (-1, BLOCK)) for z in (before_PV, dx_PX))
-        before_MCV, dx_MCX = blocks
+        before_MCV, dx_MCX = (z[:whole].unflatten(0, (-1, BLOCK)) for z in (before_PV, dx_PX))
         sums.append((before_MCV.mT @ dx_MCX).sum(0) + before_PV[whole:].mT @ dx_PX[whole:])
     return torch.stack(sums)
 

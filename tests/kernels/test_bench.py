@@ -1,4 +1,4 @@
-"""The benchmark of attention, tried on the CPU: it times nothing that it has not checked."""
+"""Benchmarks, tried on the CPU: they time nothing that they have not checked."""
 
 import functools
 import importlib.util
@@ -36,6 +36,14 @@ def test_script(tmp_path):
     assert all(row["both_ms"] > 0 for row in rows if row.get("time") == "auto")
     assert all("on CUDA" in row["error"] for row in rows if row.get("time") == "varlen")
     assert "of floor" not in ran.stdout  # no peaks are known for this device
+
+
+def test_slstm_script(tmp_path):
+    command = [sys.executable, SCRIPT.with_name("slstm.py"), "--repeats", "1"]
+    subprocess.run([*command, "--out", tmp_path / "rows.json"], capture_output=True, check=True)
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert all(row["good"] for row in rows if "check" in row)
+    assert {row["time"] for row in rows if "time" in row} >= {"loop"}
 
 
 def test_wrong_results_are_caught(bench):

@@ -448,8 +448,7 @@ class Run:
             if save.failure is None:
                 self.log.interval(save.step, "save", save.metrics(), now=self.step)
             else:
-                reason = str(save.failure)
-                self.log.step(save.step, {"event": "save_failed", "reason": reason})
+                self.log.event(save.step, "save_failed", {"reason": str(save.failure)})
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -198,8 +198,11 @@ class Lines:
                 log.warning("%s is written later: %s", self.path, error)
 
     def sync(self) -> None:
-        """What was written is on the disk."""
-        os.fsync(self.file.fileno())
+        """See that what was written is on the disk."""
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            log.warning("%s may lack its last line after a crash: %s", self.path, error)
 
     def close(self) -> None:
         self.write("")

@@ -19,7 +19,8 @@ health.hang_seconds (health.first_step_seconds in start, in the first two steps,
 the first validation, in a save and in a rollback), a rank writes its report into
 <run_dir>/hangs/<time of start>. Ranks that look idle watch for that folder and then write theirs,
 whatever their own limit. The lowest rank that gave one waits for the others, at most `grace`
-seconds, writes verdict.txt (hang_report.py) and prints it; then all end with exit code 86, without another collective.
+seconds, writes verdict.txt (hang_report.py) and prints it; then all end with exit code 86, without
+another collective.
 
 A main thread that is blocked in native code and keeps Python's lock starves this thread. For that
 case faulthandler waits outside of Python: armed anew at every look, it prints the stacks and ends

@@ -51,8 +51,10 @@ def main() -> None:
     sync = os.fsync
     if RANK == 1:
         os.fsync = no_space
+    config = configure("failed", "zero2")
+    config["train"]["save_failures"] = 1
     try:
-        train(configure("failed", "zero2"))
+        train(config)
     except ValueError as error:
         (out / f"failed-rank{RANK}.txt").write_text(str(error))
     os.fsync = sync

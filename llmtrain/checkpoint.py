@@ -11,7 +11,8 @@ A fragment is a 1-D slice of a flattened parameter or buffer (kind param) or of 
 optimizer state (AdamW: exp_avg, exp_avg_sq; Muon: momentum), starting at element <offset>. The
 fragments of all files cover every tensor once, so any number of ranks, at any ZeRO stage, reads
 what it needs. A checkpoint is good when its manifest (llmtrain/manifest.py) is, when every file has
-the size and hashes written there, and when its fragments (llmtrain/fragments.py) cover every tensor.
+the size and hashes written there, and when its fragments (llmtrain/fragments.py) cover every
+tensor.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def test_every_bit_of_a_tensor_counts(dtype):
 
 
 def test_order_of_elements_and_chunks_counts(monkeypatch):
-    tensor = torch.arange(1.0, 101.0)
+    tensor = torch.arange(1.0, 97.0)
     swapped = tensor.clone()
     swapped[[3, 90]] = tensor[[90, 3]]
     assert number(tensor) != number(swapped)

@@ -54,7 +54,7 @@ def test_every_bit_of_a_tensor_counts(dtype):
 
 
 def test_order_of_elements_and_chunks_counts(monkeypatch):
-    tensor = torch.arange(1.0, 101.0)
+    tensor = torch.arange(1.0, 97.0)
     swapped = tensor.clone()
     swapped[[3, 90]] = tensor[[90, 3]]
     assert number(tensor) != number(swapped)
@@ -247,10 +247,10 @@ def test_three_ranks(workers, corpus, small, tmp_path):
         assert (began["rank"], began["slow"]) == (rank, True)
         assert (ended["rank"], ended["slow"]) == (rank, False)
         assert began["host"] == HOST
-        assert 8 <= began["step"] <= 12 < ended["step"]
-        assert began["factor"] > 1.3
+        assert (began["step"], ended["step"]) == (8, 12)
+        assert began["factor"] > 2
         said = f"step {began['step']}: rank {rank} (host {HOST})"
         assert said in (run_dir / "run.log").read_text()
     ledger = [{k: v for k, v in line.items() if k != "kind"} for line in told]
     assert lines(run_dir, "ledger", event="straggler") == ledger
-    assert checkpoint.list_checkpoints(run_dir)[-1][0] == 20
+    assert checkpoint.list_checkpoints(run_dir)[-1][0] == 12

@@ -288,6 +288,15 @@ def test_gpu_hosts_wait_one_step_later_than_the_rank_that_lags():
     assert starts(said) == ["lags    rank 2", "waits   rank 0", "waits   rank 1", "waits   rank 3"]
 
 
+def test_of_busy_ranks_the_last_one_lags():
+    """Rank 0 has left the broadcast that it sent, rank 1 never came to receive it."""
+    waits = ("collective", "broadcast")
+    reports = [report(0, 40, "save", None), report(1, 38, "validate", None)]
+    reports += [report(r, 40, "save", waits) for r in (2, 3)]
+    said = hang_report.verdict(reports, identities("aabb"))
+    assert starts(said) == ["lags    rank 1", "waits   rank 0", "waits   rank 2", "waits   rank 3"]
+
+
 def test_all_devices_wait_and_nccl_tells_which_is_late():
     reports = [
         report(r, 31, "read_results", DEVICE, nccl={"started": 90 - (r == 3)}) for r in range(4)

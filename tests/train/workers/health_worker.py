@@ -24,7 +24,7 @@ from llmtrain.train.loop import train
 RANK = int(os.environ["RANK"])
 STARVED_RANK = 2
 BAD_RANK, BAD_STEP, FLIPPED = 1, 7, "model.stack.blocks.1.channel.down.weight"
-SLOW, PAUSE = range(6, 14), 0.4
+SLOW, PAUSE = range(5, 9), 0.8
 
 
 def flip_at(step: int):
@@ -59,7 +59,7 @@ def slow_data():
 
     def slow(batches: Prefetcher, step: int) -> list:
         if step + 1 in SLOW and RANK == STARVED_RANK:
-            time.sleep(3 * PAUSE)
+            time.sleep(2 * PAUSE)
         return prepare(batches, step)
 
     return slow
@@ -84,7 +84,7 @@ def main() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "accumulate", slow_forward())
         patch.setattr(Prefetcher, "step", slow_data())
-        train(configure("slow", "train.total_tokens=3840", "health.compare_every=1"))
+        train(configure("slow", "health.straggler_factor=2", "health.compare_every=1"))
 
 
 if __name__ == "__main__":

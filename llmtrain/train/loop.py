@@ -266,13 +266,14 @@ class Run:
         if self.course.number >= limit:
             raise rollback.exhausted(run_dir, limit, skips)
         began = time.perf_counter()
+        self.watch.at("rollback")
         path = rollback.choose(run_dir, skips[0].step, self.start, self.world)
         data = self.course.data
         first, end = data.at(skips[0].step - 1), data.at(skips[-1].step - 1) + 1
         self.load(path)
         self.saved_step = self.step
         self.course = self.course.next(first, end)
-        self.validated = {}
+        self.validated, self.comparison.compared_step = {}, None
         self.log.rewind(self.step, self.course.number)
         event = {
             "from_step": left,
@@ -408,7 +409,8 @@ class Run:
             config = {k: v for k, v in self.setup.config.items() if k != "overrides"}
             counters = {
                 "step": self.step,
-                "data position": self.step * self.rows,
+                "data position": self.course.data.at(self.step),
+                "rollbacks": self.course.number,
                 "skipped steps": self.guard.skipped,
                 "configuration": number_of(json.dumps(config, sort_keys=True)),
                 "corpus": number_of(self.setup.loader.fingerprint),

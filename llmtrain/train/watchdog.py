@@ -12,13 +12,15 @@ change. The phases of a step, in their order (forward and backward once a micro-
     validate       a batch of held-out rows
     compare        ranks compare their weights
     save           a checkpoint
+    rollback       back to a checkpoint
 
 Before the first step stands `start` (build, restore, first collectives). When no mark was set for
 health.hang_seconds (health.first_step_seconds in start, in the first two steps, which compile, in
-the first validation and in a save), a rank writes its report into <run_dir>/hangs/<time of start>.
-Ranks that look idle watch for that folder and then write theirs, whatever their own limit. The
-lowest rank that gave one waits for the others, at most `grace` seconds, writes verdict.txt
-(hang_report.py) and prints it; then all end with exit code 86, without another collective.
+the first validation, in a save and in a rollback), a rank writes its report into
+<run_dir>/hangs/<time of start>. Ranks that look idle watch for that folder and then write theirs,
+whatever their own limit. The lowest rank that gave one waits for the others, at most `grace`
+seconds, writes verdict.txt (hang_report.py) and prints it; then all end with exit code 86, without
+another collective.
 
 A main thread that is blocked in native code and keeps Python's lock starves this thread. For that
 case faulthandler waits outside of Python: armed anew at every look, it prints the stacks and ends
@@ -58,7 +60,7 @@ log = logging.getLogger(__name__)
 FOLDER = "hangs"
 SLOW_STEPS = 2  # steps of a start that may compile; a GPU's result is read one later
 ORPHANED = 30.0  # seconds in a collective without a peer that has ended
-SLOW_PHASES = ("start", "save")
+SLOW_PHASES = ("start", "save", "rollback")
 MOST_GRACE, LEAST_GRACE = 60.0, 5.0
 MOST_POLL = 5.0
 

@@ -163,15 +163,16 @@ class Cluster:
 
     # Jobs
 
-    def run(self, *command: str, ok: bool | None = True, timeout: float = 60, **more: str) -> str:
+    def run(self, *command: str, ok: bool | None = True, cwd: Path | None = None) -> str:
         """A command of Slurm's, or one that calls them; its output. ok=None: however it ends."""
         done = subprocess.run(
             command,
-            env={**self.environ, **more},
+            env=self.environ,
+            cwd=cwd,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=120,
         )
         output = done.stdout + done.stderr
         assert ok is None or (done.returncode == 0) == ok, f"{command}: {output}"

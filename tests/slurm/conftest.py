@@ -89,7 +89,10 @@ class Site(cluster.Cluster):
 
     def launch(self, *arguments: str) -> int:
         """`llmtrain launch`; the job of the training."""
-        printed = self.run("llmtrain", "launch", *arguments)
+        return self.job_of(self.run("llmtrain", "launch", *arguments))
+
+    def job_of(self, printed: str) -> int:
+        """The job of the training, in what `llmtrain launch` printed."""
         return int(re.search(r"^job +(\d+) \(train", printed, re.MULTILINE).group(1))
 
     def lines(self, file: Path) -> list[dict]:

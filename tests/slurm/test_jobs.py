@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 
 from llmtrain import checkpoint
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
 
 
@@ -37,25 +40,48 @@ def test_what_cannot_run_is_refused_at_submission(slurm, prepared, tiny, tmp_pat
     assert not list(tmp_path.rglob("job.sbatch"))
 
 
-def test_cancelled_job_saves_and_another_job_is_refused(slurm, prepared, tiny, tmp_path):
-    run_dir = tmp_path / "run"
-    typed = ("partition=low", f"run_dir={run_dir}", *prepared, *tiny, "train.save_every=10000")
-    job = slurm.launch(*typed, "preflight.enabled=false")
-    slurm.at_step(run_dir, 20)
+# What makes the quickstart's training one of seconds.
+SMALLER = {
+    "prep": ["data.sources.stdlib.patterns=[json/*.py]", "data.sources.stdlib.topics=false"],
+    "launch": ["train.total_tokens=122880"],  # 60 steps
+}
 
-    refused = slurm.run("llmtrain", "launch", *typed, ok=False)
-    assert re.search(f"run_dir: .* job {job} already", refused)
-    assert slurm.jobs()[-1] == job
 
-    slurm.run("scancel", str(job))
-    assert slurm.wait_for(job, "CANCELLED")["Restarts"] == "0"
-    (saved,) = checkpoint.list_checkpoints(run_dir)
-    assert saved[0] >= 20
-    checkpoint.verify(saved[1])
+def quickstart() -> list[str]:
+    """The command lines of docs/slurm.md."""
+    text = (ROOT / "docs" / "slurm.md").read_text(encoding="utf-8")
+    block = re.search(r"## Quickstart\n```\n(.*?)```", text, re.DOTALL).group(1)
+    return [line.partition(" #")[0].strip() for line in block.splitlines()]
+
+
+def test_quickstart_of_the_document(slurm, tmp_path):
+    prep, launch, status, logs, scancel, again = quickstart()
+    run_dir = tmp_path / "runs" / "first"
+
+    def typed(line: str, *smaller: str, ok: bool = True) -> str:
+        return slurm.run(*shlex.split(line), *smaller, cwd=tmp_path, ok=ok)
+
+    typed(prep, *SMALLER["prep"], "data.val_fraction=0.3")
+    first = slurm.job_of(typed(launch, *SMALLER["launch"]))
+    slurm.at_step(run_dir, 3)
+    assert re.search(rf"first +running .* {first} ", typed(status))
+    assert re.search(f"run_dir: .* job {first} already", typed(launch, ok=False))
+    typed(scancel.replace("1234", str(first)))
+    assert slurm.wait_for(first, "CANCELLED")["Restarts"] == "0"
+    ((step, path),) = checkpoint.list_checkpoints(run_dir)
+    checkpoint.verify(path)  # saved on Slurm's TERM: no save was due
+    assert step >= 3
     assert [line["action"] for line in slurm.decisions(run_dir)] == ["end"]
-    status = slurm.run("llmtrain", "status", f"run_dir={run_dir}")
-    assert "stopped" in status
-    assert f"{saved[0]} (" in status
+    assert re.search(rf"first +stopped .* {step} \(", typed(status))
+
+    second = slurm.job_of(typed(again, *SMALLER["launch"]))
+    followed = slurm.run("timeout", "--signal=INT", "20", *shlex.split(logs), cwd=tmp_path, ok=None)
+    slurm.wait_for(second, "COMPLETED")
+    assert f"job {first}, start 0" in followed
+    assert f"job {second}, start 0" in followed
+    assert [start["resumed_step"] for start in slurm.starts(run_dir)] == [0, step]
+    assert slurm.steps(run_dir) == list(range(1, 61))
+    assert re.search(r"first +finished +60/60 ", typed(status))
 
 
 def test_bad_node_is_named_and_left_out(slurm, prepared, tiny, short, tmp_path):

@@ -9,10 +9,11 @@ Of every matrix W [rows, cols] with gradient G, momentum mu and learning rate et
 NS orthogonalises (newton_schulz.py); s is sqrt(max(1, rows / cols)) for lr_scaling=original (Jordan
 2024, https://kellerjordan.github.io/posts/muon/) and 0.2 sqrt(max(rows, cols)) for match_rms_adamw
 (Liu et al. 2025, arXiv:2502.16982, equation 4), which gives updates the size of AdamW's. Equal to
-torch.optim.Muon. With model.mup_base_width s grows from its value at the base as sqrt(rows / cols),
-since the update's operator norm must (model/width.py). What counts as a matrix: matrices.py. Packed
-projections are cut where their module declares it, experts and heads of a stack are matrices of
-their own; all else is one matrix a parameter (q_proj with the output gate's rows between those of its heads, MLA's kv_up).
+torch.optim.Muon. With model.mup_base_width s grows from its value at the base as sqrt(rows / cols)
+does, and so does the update's operator norm (model/width.py). What counts as a matrix: matrices.py.
+Packed projections are cut where their module declares it, experts and heads of a stack are matrices
+of their own; all else is one matrix a parameter (q_proj with the output gate's rows between those
+of its heads, MLA's kv_up).
 
 Under ZeRO-1 and 2 a rank has a slice of the matrices laid end to end: momentum is updated there
 element by element, matrices on a cut come together by one exchange (matrix_homes.py).

@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = sorted(f"mixer={file.stem}" for file in (ROOT / "configs" / "mixer").glob("*.yaml"))
 OPTIONS += sorted(f"channel={file.stem}" for file in (ROOT / "configs" / "channel").glob("*.yaml"))
 OPTIONS += sorted(f"stack={file.stem}" for file in (ROOT / "configs" / "stack").glob("*.yaml"))
+QUICK = ("mixer=mamba", "mixer=mamba2", "mixer=mla", "channel=moe", "stack=recurrent_depth")
+EVERY = [o if o in QUICK else pytest.param(o, marks=pytest.mark.slow) for o in OPTIONS]
 BASE = ("tokenizer.vocab_size=300", "model.vocab_size=300")
 
 
@@ -72,7 +74,7 @@ def test_wider_heads_grow_instead_of_their_number():
     assert kind(model, "0.mixer.gate_proj.weight") == "f"
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", EVERY)
 def test_first_values_follow_the_table_whatever_draws_them(option):
     """Measured against the base: hidden 1 / sqrt(m), to a fixed size 1 / m, all else 1. A parameter
     with an initialisation of its own that follows the width fails unless scaled_init names it."""

@@ -64,7 +64,7 @@ def test_update_of_muon(configure, scaling):
 
 
 def trained(configure, name: str, *overrides: str) -> list[torch.Tensor]:
-    loop.train(configure(name, "train.total_tokens=1024", *overrides))
+    loop.train(configure(name, "train.total_tokens=512", "train.val_every=10", *overrides))
     config = configure(name)
     return list(load_model(config["run_dir"]).model.parameters())
 
@@ -74,9 +74,7 @@ def test_training_at_the_base_is_bit_for_bit_as_without(configure, optimizer):
     option = f"optimizer={optimizer}"
     plain = trained(configure, "plain", option)
     base = trained(configure, "base", option, "model.mup_base_width=32")
-    wide = trained(configure, "wide", option, MUP)
     assert all(torch.equal(a, b) for a, b in zip(plain, base, strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(plain[:1], wide[:1], strict=True))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -122,8 +122,7 @@ def describe_process(
         for name, (ident, frames) in found.items()
         if ident not in (main_thread, reporter) and not is_idle(frames)
     }
-    if waits is None and main and main[0].function == "_engine_run_backward":
-        # on a GPU the backward pass runs in a thread of its own
+    if waits is None and main and waits_for_thread(main[0]):
         waits = next((w for w in map(waiting, others.values()) if w is not None), None)
     peers = {
         str(rank.rank): state_of(rank.pid, rank.started)
@@ -141,6 +140,11 @@ def describe_process(
         "peers": peers,
         "stacks": {name: [str(f) for f in frames] for name, (_, frames) in found.items()},
     }
+
+
+def waits_for_thread(innermost: Frame) -> bool:
+    """Whether a thread leaves its work to another one: the backward pass on a GPU, a save."""
+    return innermost.function == "_engine_run_backward" or innermost.file == "threading.py"
 
 
 def is_idle(frames: list[Frame]) -> bool:

@@ -14,6 +14,7 @@ and the order of summation does not. One all-gather carries these numbers and th
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -78,17 +79,34 @@ def replicated(module: nn.Module) -> dict[str, Tensor]:
 
 
 class Comparison:
-    """Compares what must be equal on all ranks; every method is called by all of them together."""
+    """Compares what must be equal on all ranks; every method is called by all of them together.
 
-    def __init__(self, module: nn.Module, world: World, ranks: Sequence[Identity]):
+    config: of the run; corpus: its fingerprint.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        world: World,
+        ranks: Sequence[Identity],
+        *,
+        config: dict,
+        corpus: str,
+    ):
         self.module, self.world, self.ranks = module, world, ranks
+        config = {key: value for key, value in config.items() if key != "overrides"}
+        self.constants = {
+            "configuration": number_of(json.dumps(config, sort_keys=True)),
+            "corpus": number_of(corpus),
+        }
         self.compared_step: int | None = None
 
     def check(self, step: int, counters: Mapping[str, int]) -> None:
         """RunFailed on all ranks, naming who differs in what, unless all agree.
 
-        counters: what the host counts, and numbers of texts.
+        counters: what the host counts.
         """
+        counters = self.constants | counters
         tensors = replicated(self.module)
         names = [*counters, *tensors]
         numbers = self.gather(list(counters.values()), list(tensors.values()))

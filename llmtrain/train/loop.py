@@ -32,7 +32,7 @@ from llmtrain.train.batches import HeldOut
 from llmtrain.train.checkpoint import CheckpointWriter
 from llmtrain.train.engine import Engine, Pending, bits_per_byte
 from llmtrain.train.guard import Guard, Limits
-from llmtrain.train.health import Comparison, number_of
+from llmtrain.train.health import Comparison
 from llmtrain.train.lock import RunLock
 from llmtrain.train.meter import Meter, peak_memory
 from llmtrain.train.module import TrainModule
@@ -71,12 +71,11 @@ def train(config: dict) -> dict:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(config["train"]["deterministic"])
     distributed.start(world, device, collective_timeout(config["health"]))
-    watch = Watch()
     limits = {key: config["health"][key] for key in ("hang_seconds", "first_step_seconds")}
     with (
         RunLock(setup.run_dir, world),
         StopRequest() as stop,
-        Watchdog(watch, world, setup.run_dir, **limits) as watchdog,
+        Watchdog(Watch(), world, setup.run_dir, **limits) as watchdog,
     ):
         run = Run(setup, stop, watchdog)
         try:
@@ -134,7 +133,9 @@ class Run:
         self.run_id = resume.claim_run_id(setup.run_dir, start, trainer, self.world)
         self.saver = self.make_saver()
         self.health = setup.config["health"]
-        self.comparison = Comparison(module, self.world, watchdog.ranks)
+        self.comparison = Comparison(
+            module, self.world, watchdog.ranks, config=setup.config, corpus=setup.loader.fingerprint
+        )
         self.stragglers = Stragglers(
             self.world,
             watchdog.ranks,
@@ -234,6 +235,7 @@ class Run:
             with self.batches() as batches:
                 self.steps(batches)
             self.read_results(behind=0)
+        self.watch.at("save")
         self.saver.settle()  # ends here, on all ranks, when saves kept failing
         if self.stopping:
             self.log.say(f"stopped on request at step {self.step}; the same command continues")
@@ -431,14 +433,11 @@ class Run:
             return
         with self.paused():
             self.watch.at("compare")
-            config = {k: v for k, v in self.setup.config.items() if k != "overrides"}
             counters = {
                 "step": self.step,
                 "data position": self.course.data.at(self.step),
                 "rollbacks": self.course.number,
                 "skipped steps": self.guard.skipped,
-                "configuration": number_of(json.dumps(config, sort_keys=True)),
-                "corpus": number_of(self.setup.loader.fingerprint),
             }
             self.comparison.check(self.step, counters)
 
@@ -503,6 +502,7 @@ class Run:
 
     def close(self) -> None:
         gc.unfreeze()
+        self.watch.at("save")
         self.saver.close()
         self.report_saves()
         self.log.close()

@@ -11,7 +11,7 @@ change. The phases of a step, in their order (forward and backward once a micro-
     read_results   on a GPU: wait for the device to have done the step before
     validate       a batch of held-out rows
     compare        ranks compare their weights
-    save           a checkpoint
+    save           a checkpoint, or the wait for the one before to become durable
     rollback       back to a checkpoint
 
 Before the first step stands `start` (build, restore, first collectives). When no mark was set for

@@ -77,7 +77,7 @@ def compared(numbers: list[list[int]], names: list[str]) -> str:
     """The message of a comparison of ranks with these numbers."""
     module = torch.nn.Linear(2, 2)
     world = World(rank=0, size=len(numbers), local_rank=0)
-    comparison = Comparison(module, world, ranks(len(numbers)))
+    comparison = Comparison(module, world, ranks(len(numbers)), config={}, corpus="")
     groups: dict[tuple[int, ...], list[int]] = {}
     for rank, row in enumerate(numbers):
         groups.setdefault(tuple(row), []).append(rank)

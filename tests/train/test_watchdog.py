@@ -78,6 +78,14 @@ def test_rank_stuck_in_the_forward_pass(hung):
     assert "in sleep_in_forward" in report.with_suffix(".txt").read_text()
 
 
+def test_save_in_the_background_whose_disk_is_dead(hung):
+    """Both ranks wait for their own thread; that of rank 0 waits for the other's."""
+    assert set(codes(hung, "save").values()) == {HUNG}
+    said = verdict(hung, "save")
+    assert re.search(r"(?m)^lags    rank 1 .*step 6, save, .*settle.*read_dead_disk", said)
+    assert re.search(r"(?m)^waits   rank 0 .*save.*waits for other ranks in all_reduce", said)
+
+
 def test_stopped_rank_gives_no_report_and_is_named(hung):
     assert codes(hung, "stopped") == {"0": HUNG, "2": HUNG, "1": KILLED}
     said = verdict(hung, "stopped")

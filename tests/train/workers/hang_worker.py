@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from llmtrain import distributed
 from llmtrain.data.batch import Batch
 from llmtrain.data.prefetch import Prefetcher
+from llmtrain.train.saving import Save, Saver
 from llmtrain.train.watchdog import Watch, Watchdog
 
 HANG_SECONDS, GRACE, BAD_STEP, STEPS = 4.0, 8.0, 4, 6
@@ -55,6 +57,27 @@ def read_dead_disk() -> None:
 
 def sleep_in_forward() -> None:
     time.sleep(1000)
+
+
+class Disk:
+    """A checkpoint writer that sums over ranks, and whose disk is dead on the bad rank."""
+
+    def __init__(self, dead: bool):
+        self.dead = dead
+
+    def write(self, *arguments: object) -> int:
+        if self.dead:
+            read_dead_disk()
+        dist.all_reduce(torch.ones(3))
+        return 0
+
+
+def save(bad: bool) -> None:
+    """Wait for a save in the background, as the loop does."""
+    saver = Saver(Disk(dead=bad), background=True, failures=1)
+    saver.thread = threading.Thread(target=saver.write, args=(Save(step=STEPS), None, None, {}))
+    saver.thread.start()
+    saver.settle()
 
 
 def misbehave(scenario: str) -> None:
@@ -97,10 +120,13 @@ def rank_main(scenario: str, out: Path, rank: int, size: int) -> None:
             time.sleep(0.05)
             watch.at("reduce")
             dist.all_reduce(torch.ones(3))
+        if scenario == "save":
+            watch.at("save")
+            save(bad)
     print("finished", flush=True)
 
 
-SCENARIOS = {"fine": 2, "data": 2, "forward": 3, "stopped": 3, "killed": 2, "native": 2}
+SCENARIOS = {"fine": 2, "data": 2, "forward": 3, "stopped": 3, "killed": 2, "native": 2, "save": 2}
 
 
 def free_port() -> int:

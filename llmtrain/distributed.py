@@ -72,8 +72,8 @@ def first_host(nodelist: str) -> str:
 
 
 def port_of_job(job_id: int) -> int:
-    """A port that every task of a job agrees on and that jobs on one node seldom share; below 32768,
-    where Linux takes the ports of outgoing connections."""
+    """A port that every task of a job agrees on and that jobs on one node seldom share; not one of
+    those that Linux gives to outgoing connections (32768 and up)."""
     return 20000 + job_id % 12000
 
 

@@ -15,6 +15,8 @@ from coord_check import arms, measure, report  # noqa: E402
 
 sys.path.remove(str(SCRIPTS))
 
+# Values that shrink: a single key head, a random one of a fixed size, starts with 1 / width.
+SHRINKS = -0.7
 CHANGES = [f"{place}_change" for place in measure.PLACES if place != "hidden"]
 
 
@@ -47,7 +49,7 @@ def test_slope():
 def test_nothing_grows_in_mup(arm):
     widths = (64, 256)
     found = growths(arm, mup=True, widths=widths, seeds=1)
-    assert all(-0.6 < value < report.GROWS for value in found.values()), found
+    assert all(SHRINKS < value < report.GROWS for value in found.values()), found
     plain = growths(arm, mup=False, widths=widths, seeds=1)
     assert all(plain[place] > found[place] + 0.1 for place in found), (found, plain)
 
@@ -56,7 +58,9 @@ def test_nothing_grows_in_mup(arm):
 @pytest.mark.parametrize("arm", arms.ARMS)
 def test_nothing_grows_in_mup_whatever_the_parts(arm):
     found = growths(arm, mup=True, widths=(64, 128, 256), seeds=2)
-    assert all(-0.6 < value < report.GROWS for value in found.values()), found
+    if arm == "moe_fixed_experts":  # both factors of a gated product start with 1 / width
+        assert found.pop("channel_change") < report.GROWS
+    assert all(SHRINKS < value < report.GROWS for value in found.values()), found
 
 
 def test_report(tmp_path, monkeypatch, capsys):

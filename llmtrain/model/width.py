@@ -22,6 +22,10 @@ gains, biases, convolution kernels, matrices of one head of fixed width, whateve
 size - is as at the base. A packed parameter, cut in a module's matrix_splits or init_splits, has
 rows of different kinds. First values are drawn as without muP and then multiplied; a module lists
 in scaled_init what it draws with a factor 1 / sqrt(width) already.
+
+A gated layer with a fixed number of hidden units (channel.hidden=256 at any width) starts ever
+closer to a saddle, as both factors of its products shrink: let it grow too. Not scaled: AdamW's eps
+and the gradient's clipping, whose meaning drifts with the width as without muP; depth.
 """
 
 from __future__ import annotations

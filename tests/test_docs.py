@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from llmtrain.checkpoint_command import check, split_action
 from llmtrain.config import compose
 from llmtrain.schema import COMMANDS
+from llmtrain.slurm.launch import Typed
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("*/README.md")])
@@ -40,7 +42,15 @@ def test_commands_compose(line):
     start = next(i for i, word in enumerate(words) if word in ("llmtrain", "llmtrain.cli"))
     command, *overrides = words[start + 1 :]
     assert command in COMMANDS
-    if "--help" not in overrides:
+    if "--help" in overrides:
+        return
+    if command == "checkpoint":
+        check(compose(command, split_action(overrides)))
+    elif command == "launch":
+        typed = Typed.split([word for word in overrides if word != "..."])
+        assert compose(command, typed.launch)["overrides"] == typed.launch
+        assert compose("train", typed.train)["overrides"] == typed.train
+    else:
         assert compose(command, overrides)["overrides"] == overrides
 
 

@@ -29,6 +29,7 @@ from torch.distributed import ProcessGroup
 import llmtrain
 from llmtrain.checkpoint import list_checkpoints, refuse
 from llmtrain.distributed import World, broadcast_object, gather_objects
+from llmtrain.exits import RunFailed
 from llmtrain.fragments import read_index, uncovered
 from llmtrain.manifest import (
     CHUNK_BYTES,
@@ -47,7 +48,7 @@ from llmtrain.train.retention import Retention
 HASHERS = 4
 
 
-class SaveFailed(ValueError):
+class SaveFailed(RunFailed):
     """A checkpoint could not be written, for a reason that lies outside (a full disk)."""
 
 
@@ -127,7 +128,8 @@ class CheckpointWriter:
     """Writes the checkpoints of one run; every method but path is called by all ranks together.
 
     corpus_files: name -> path of files that go along (tokenizer.json, token_bytes.npy). group: the
-    process group in which ranks talk about a save; None: the training's. keep, keep_every: how many
+    process group in which ranks talk about a save; None: the training's, if none is written in the
+    background. keep, keep_every: how many
     of the newest good checkpoints stay, and of which steps all do.
     """
 

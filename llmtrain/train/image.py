@@ -110,7 +110,10 @@ def aligned(size: int) -> Tensor:
 
 
 class Streamed:
-    """Chunks of an image, copied when they are asked for; valid until AHEAD more were."""
+    """Chunks of an image, copied when they are asked for; valid until AHEAD more were.
+
+    number: of chunks that were asked for.
+    """
 
     ahead: int | None = AHEAD
 
@@ -170,10 +173,11 @@ class Copied:
     ahead: int | None = None
 
     def __init__(self, image: Image, memory: HostMemory):
-        self.whole = memory.bytes
+        self.whole, self.number = memory.bytes, 0
         self.whole[: len(image.header)].copy_(as_bytes(image.header))
         torch._foreach_copy_(memory.places, image.tensors, non_blocking=True)
         wait(image.tensors)
 
     def chunk(self, start: int, end: int) -> memoryview:
+        self.number += 1
         return memoryview(self.whole[start:end].numpy())

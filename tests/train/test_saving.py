@@ -8,7 +8,6 @@ import os
 import resource
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -295,7 +294,7 @@ def test_training_in_the_background_and_not(configure, tmp_path, capsys):
     assert json.loads(trainer.read_text())["run_id"] == run_id
 
 
-def test_training_goes_on_though_the_disk_is_full(small_disk, configure, tmp_path):
+def test_training_goes_on_though_the_disk_is_full(small_disk, configure, caplog):
     """Full from the second save on, logs included, until the third; then all of it is there."""
     run_dir, filler = small_disk / "run", small_disk / "filler"
 
@@ -309,8 +308,7 @@ def test_training_goes_on_though_the_disk_is_full(small_disk, configure, tmp_pat
                         pass
                 except OSError:
                     continue
-        log = run_dir / "run.log"
-        while "could not be written" not in log.read_text():
+        while "could not be written" not in caplog.text:
             time.sleep(0.001)
         filler.unlink()
 
@@ -356,20 +354,11 @@ def test_run_ends_after_failures_in_a_row(configure, tmp_path, monkeypatch):
     assert lines(tmp_path / "run", "starts")[1]["resumed_step"] == 5
 
 
-def test_killed_in_the_middle_of_a_save(corpus, small, configure, tmp_path):
+def test_killed_in_the_middle_of_a_save(workers, corpus, small, configure, tmp_path):
     """SIGKILL when half of a file is written; the same command continues bit for bit."""
     options = ("train.keep=9", "train.total_tokens=5120")
-    worker = Path(__file__).parent / "workers" / "kill_worker.py"
-    root = Path(__file__).resolve().parents[2]
-    path = os.pathsep.join(str(root / name) for name in ("", "kernels", "data_prep", "eval"))
-    typed = [*corpus, *small, *options, f"run_dir={tmp_path / 'killed'}"]
-    done = subprocess.run(
-        [sys.executable, str(worker), "10", *typed],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    run_dir = f"run_dir={tmp_path / 'killed'}"
+    workers("kill_worker.py", 1, 10, *corpus, *small, *options, run_dir, ok=False)
     folder = tmp_path / "killed" / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == [
         ".tmp-step-00000010",
@@ -386,3 +375,22 @@ def test_killed_in_the_middle_of_a_save(corpus, small, configure, tmp_path):
         assert same_files(tmp_path / "killed" / last, tmp_path / "straight" / last)
     ledgers = [lines(tmp_path / name, "ledger") for name in ("killed", "straight")]
     assert ledgers[0] == ledgers[1]
+
+
+def test_two_ranks_one_killed_in_the_middle_of_a_save(workers, corpus, small, tmp_path):
+    """... and continued; and ranks that train while one of them still writes."""
+    options = (*corpus, *small, "train.keep=9", "train.total_tokens=3840", "deepspeed=zero2")
+    workers("kill_worker.py", 2, 10, *options, f"run_dir={tmp_path / 'killed'}", ok=False)
+    folder = tmp_path / "killed" / "checkpoints"
+    assert [step for step, _ in checkpoint.list_checkpoints(tmp_path / "killed")] == [5]
+    assert (folder / ".tmp-step-00000010" / rank_file(1)).stat().st_size > 0
+    workers("save_worker.py", 2, tmp_path, *options)
+    assert lines(tmp_path / "killed", "starts")[1]["resumed_step"] == 5
+    for name in ("killed", "slow"):
+        for step in ("10", "15"):
+            last = f"checkpoints/step-000000{step}"
+            assert same_files(tmp_path / name / last, tmp_path / "straight" / last)
+        assert lines(tmp_path / name, "ledger") == lines(tmp_path / "straight", "ledger")
+    assert not list(folder.glob(".tmp-*"))
+    assert (tmp_path / "slow.txt").read_text() == "[]"
+    assert (tmp_path / "slow" / "checkpoints" / "step-00000005").is_dir()

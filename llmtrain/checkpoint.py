@@ -87,12 +87,9 @@ def verify(path: str | Path) -> Manifest:
     return read_manifest(path)
 
 
-def newest_good(run_dir: str | Path, *, before: int | None = None) -> Path | None:
-    """The newest checkpoint (from before a step) that verifies, or None; damaged ones are named in
-    the log."""
-    for step, path in reversed(list_checkpoints(run_dir)):
-        if before is not None and step >= before:
-            continue
+def newest_good(run_dir: str | Path) -> Path | None:
+    """The newest checkpoint that verifies, or None; damaged ones are named in the log."""
+    for _, path in reversed(list_checkpoints(run_dir)):
         try:
             verify(path)
         except BadCheckpoint as error:

@@ -17,6 +17,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from llmtrain.exits import RunFailed
+
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 # The first step may compile for long while other ranks wait.
 TIMEOUT = timedelta(minutes=30)
@@ -135,7 +137,17 @@ def side_group(world: World, timeout: timedelta) -> dist.ProcessGroup | None:
 
     All ranks call it. None when there is one rank: gather_objects and broadcast_object take it.
     """
-    return dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
+    if world.size == 1:
+        return None
+    try:
+        return dist.new_group(backend="gloo", timeout=timeout)
+    except RuntimeError as error:
+        raise RunFailed(
+            f"distributed: rank {world.rank} ({socket.gethostname()}) could not be connected to "
+            f"the other ranks by gloo, which saves in the background need: {error}; set "
+            "GLOO_SOCKET_IFNAME to the network interface between the machines (see `ip address`), "
+            "or train.async_save=false"
+        ) from error
 
 
 def leave_side_group(group: dist.ProcessGroup | None) -> None:

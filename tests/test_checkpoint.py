@@ -18,7 +18,7 @@ from llmtrain.fragments import Wanted
 from llmtrain.manifest import rank_file
 from llmtrain.train import checkpoint as writing
 from llmtrain.train import image
-from llmtrain.train.checkpoint import CheckpointWriter
+from llmtrain.train.checkpoint import CheckpointWriter, SaveFailed
 from llmtrain.train.image import Image, Streamed
 from llmtrain.train.partitions import Fragment
 
@@ -179,7 +179,7 @@ def test_folder_that_cannot_be_written(write, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").write_text("in the way")
     with pytest.raises(
-        ValueError,
+        SaveFailed,
         match=r"checkpoint of step 3: could not be written to .*Not a directory.*\(there is none y",
     ):
         write(3)

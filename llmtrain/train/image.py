@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 # Chunks that may be hashed while the next are copied and written.
 AHEAD = 4
+# Of the memory that is written from: direct I/O asks for it.
+ALIGNMENT = 4096
 
 
 @dataclass(frozen=True)
@@ -100,15 +102,25 @@ def wait(copied: list[Tensor]) -> None:
             torch.cuda.current_stream(device).synchronize()
 
 
+def aligned(size: int) -> Tensor:
+    """uint8 memory for direct I/O."""
+    memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+    start = -memory.data_ptr() % ALIGNMENT
+    return memory[start : start + size]
+
+
 class Streamed:
-    """Chunks of an image, copied when they are asked for; valid until AHEAD more were."""
+    """Chunks of an image, copied when they are asked for; valid until AHEAD more were.
+
+    number: of chunks that were asked for.
+    """
 
     ahead: int | None = AHEAD
 
     def __init__(self, image: Image):
         self.image, self.number = image, 0
         size = min(CHUNK_BYTES, image.size)
-        self.ring = [torch.empty(size, dtype=torch.uint8) for _ in range(AHEAD)]
+        self.ring = [aligned(size) for _ in range(AHEAD)]
 
     def chunk(self, start: int, end: int) -> memoryview:
         out = self.ring[self.number % AHEAD][: end - start]
@@ -121,7 +133,7 @@ class HostMemory:
     """Memory that holds an image: allocated once, page-locked where tensors come from a GPU."""
 
     def __init__(self, image: Image):
-        self.bytes = torch.empty(image.size, dtype=torch.uint8)
+        self.bytes = aligned(image.size)
         self.header = image.header
         starts = zip(image.starts, image.tensors)
         # Where each tensor of this header goes; made once, as there may be many thousands.
@@ -161,10 +173,11 @@ class Copied:
     ahead: int | None = None
 
     def __init__(self, image: Image, memory: HostMemory):
-        self.whole = memory.bytes
+        self.whole, self.number = memory.bytes, 0
         self.whole[: len(image.header)].copy_(as_bytes(image.header))
         torch._foreach_copy_(memory.places, image.tensors, non_blocking=True)
         wait(image.tensors)
 
     def chunk(self, start: int, end: int) -> memoryview:
+        self.number += 1
         return memoryview(self.whole[start:end].numpy())

@@ -209,7 +209,7 @@ class Run:
 
     def make_saver(self) -> Saver:
         """The writer of this run's checkpoints, with its host memory."""
-        corpus = self.setup.corpus
+        corpus, background = self.setup.corpus, self.knobs["async_save"]
         writer = CheckpointWriter(
             self.setup.run_dir,
             self.world,
@@ -219,10 +219,13 @@ class Run:
             vocab_size=self.setup.loader.vocab_size,
             parameters=self.engine.shapes,
             corpus_files={name: corpus / name for name in (TOKENIZER_FILE, TOKEN_BYTES_FILE)},
-            group=distributed.side_group(self.world, SAVE_TIMEOUT),
+            group=distributed.side_group(self.world, SAVE_TIMEOUT) if background else None,
         )
         saver = Saver(
-            writer, background=self.knobs["async_save"], failures=self.knobs["save_failures"]
+            writer,
+            background=background,
+            failures=self.knobs["save_failures"],
+            alive=lambda: self.watch.at("save"),
         )
         saver.reserve(self.engine.fragments(), resume.generators(self.device))
         return saver
@@ -292,6 +295,7 @@ class Run:
         began = time.perf_counter()
         self.watch.at("rollback")
         self.saver.settle()
+        self.report_saves()  # they belong to the course that is left
         path = rollback.choose(run_dir, skips[0].step, self.start, self.world)
         data = self.course.data
         first, end = data.at(skips[0].step - 1), data.at(skips[-1].step - 1) + 1

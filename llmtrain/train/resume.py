@@ -91,23 +91,37 @@ def choose(resume: str, run_dir: Path, world: World) -> Path | None:
     resume: auto, never, or a checkpoint or run folder.
     """
     candidates = first_decides(lambda: find(resume, run_dir), world)
-    for path in candidates:
-        found = gather_objects(checkpoint.problems(path, rank=world.rank, size=world.size), world)
-        try:
-            checkpoint.refuse(path, list(dict.fromkeys(itertools.chain(*found))))
-        except BadCheckpoint as error:
-            if path == Path(resume):  # this one and no other
-                raise
-            log.warning("not used: %s", error)
-        else:
-            first_decides(lambda path=path: settle_on(path, run_dir), world)
-            return path
-    if candidates:
+    if candidates == [Path(resume)]:  # this one and no other
+        refuse_together(candidates[0], world)
+        path = candidates[0]
+    else:
+        path = first_good(candidates, world)
+    if path is not None:
+        first_decides(lambda: settle_on(path, run_dir), world)
+    elif candidates:
         raise ValueError(
             f"train.resume={resume}: every checkpoint in {candidates[0].parent} is damaged (named "
             "above), expected one to continue from; set train.resume=never to start over"
         )
+    return path
+
+
+def first_good(candidates: list[Path], world: World) -> Path | None:
+    """The first checkpoint of these that verifies; damaged ones are named in the log."""
+    for path in candidates:
+        try:
+            refuse_together(path, world)
+        except BadCheckpoint as error:
+            log.warning("not used: %s", error)
+        else:
+            return path
     return None
+
+
+def refuse_together(path: Path, world: World) -> None:
+    """BadCheckpoint on all ranks when one of them finds it damaged; each reads its share."""
+    found = gather_objects(checkpoint.problems(path, rank=world.rank, size=world.size), world)
+    checkpoint.refuse(path, list(dict.fromkeys(itertools.chain(*found))))
 
 
 def first_decides(action: Callable[[], T], world: World) -> T:

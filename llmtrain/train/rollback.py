@@ -16,6 +16,7 @@ from llmtrain.checkpoint import BadCheckpoint
 from llmtrain.data.skips import DataSteps
 from llmtrain.distributed import World, broadcast_object
 from llmtrain.exits import RunFailed
+from llmtrain.train import resume
 from llmtrain.train.guard import Skip
 from llmtrain.train.runlog import read_lines
 
@@ -67,30 +68,25 @@ def rollbacks(run_dir: Path) -> list[dict]:
 def choose(run_dir: Path, first: int, start: Path | None, world: World) -> Path | None:
     """The newest good checkpoint from before step `first`, or where this run started (None: from
     scratch). All ranks call it. RunFailed when there is none though there should be."""
-    path, failure = None, None
-    if world.rank == 0:
-        try:
-            path = choose_alone(run_dir, first, start)
-        except BadCheckpoint as error:
-            failure = str(error)
-    path, failure = broadcast_object((path, failure), world)
-    if failure:
-        raise RunFailed(f"rollback: steps from {first} on went wrong, but {failure}")
-    return path
-
-
-def choose_alone(run_dir: Path, first: int, start: Path | None) -> Path | None:
-    path = checkpoint.newest_good(run_dir, before=first)
+    older = broadcast_object(
+        [path for step, path in reversed(checkpoint.list_checkpoints(run_dir)) if step < first],
+        world,
+    )
+    path = resume.first_good(older, world)
     if path is not None:
         return path
-    older = [path for step, path in checkpoint.list_checkpoints(run_dir) if step < first]
+    wrong = f"rollback: steps from {first} on went wrong, but"
     if older:
-        raise BadCheckpoint(
-            f"every checkpoint in {run_dir} from before that is damaged (named above); continue "
-            "from another one with train.resume=<folder>, or start over with train.resume=never"
+        raise RunFailed(
+            f"{wrong} every checkpoint in {run_dir} from before that is damaged (named above); "
+            "continue from another one with train.resume=<folder>, or start over with "
+            "train.resume=never"
         )
     if start is not None:
-        checkpoint.verify(start)
+        try:
+            resume.refuse_together(start, world)
+        except BadCheckpoint as error:
+            raise RunFailed(f"{wrong} {error}") from error
     return start
 
 

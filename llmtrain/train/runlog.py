@@ -123,7 +123,13 @@ class RunLog:
         if self.writes:
             write_line(self.metrics, {"step": step, "kind": "health", "event": event, **values})
             write_line(self.ledger, {"event": event, "step": step, **values})
-            self.tracker.log(step, {f"health/{event}": factor})
+            self.mirror(step, {f"health/{event}": factor})
+
+    def mirror(self, step: int, values: dict[str, float]) -> None:
+        try:
+            self.tracker.log(step, values)
+        except OSError as error:  # a full disk is no reason to end the training
+            log.warning("the tracker could not write step %d: %s", step, error)
 
     def interval(
         self, step: int, kind: str, values: dict[str, float], *, now: int | None = None
@@ -140,11 +146,7 @@ class RunLog:
             line = {"step": step, "course": self.course, "kind": kind, **values}
             write_line(self.metrics, line)
         prefix = "" if kind == "train" else f"{kind}/"
-        mirrored = {f"{prefix}{name}": value for name, value in values.items()}
-        try:
-            self.tracker.log(now or step, mirrored)
-        except OSError as error:  # a full disk is no reason to end the training
-            log.warning("the tracker could not write step %d: %s", step, error)
+        self.mirror(now or step, {f"{prefix}{name}": value for name, value in values.items()})
         self.say(console_line(step, self.total_steps, kind, values))
 
     def say(self, text: str) -> None:
@@ -163,10 +165,11 @@ class RunLog:
                 self.progress.stop()
             for name in LOGGERS:
                 logging.getLogger(name).removeHandler(self.handler)
-            self.handler.close()
-            self.metrics.close()
-            self.ledger.close()
-            self.tracker.close()
+            for part in (self.handler, self.metrics, self.ledger, self.tracker):
+                try:
+                    part.close()
+                except OSError as error:  # a full disk does not hide why the run ended
+                    log.error("%s: could not be written to its end: %s", self.run_dir, error)
 
 
 def finite(value: object) -> object:

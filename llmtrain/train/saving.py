@@ -21,6 +21,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 # A wait for the save before that is worth a message, in seconds.
 LONG_WAIT = 1.0
+# Seconds between looks at the thread's progress while it is waited for.
+POLL = 1.0
 
 
 @dataclass(kw_only=True)
@@ -58,12 +61,22 @@ class Save:
 
 class Saver:
     """background: False writes within save(), which then needs no host memory. failures: in a row
-    that end the run. Every method but take_finished is called by all ranks at the same step."""
+    that end the run. alive: called while the thread is waited for and writes. Every method but
+    take_finished is called by all ranks at the same step."""
 
-    def __init__(self, writer: CheckpointWriter, *, background: bool, failures: int):
+    def __init__(
+        self,
+        writer: CheckpointWriter,
+        *,
+        background: bool,
+        failures: int,
+        alive: Callable[[], None] = lambda: None,
+    ):
         self.writer, self.background, self.limit = writer, background, failures
+        self.alive = alive
         self.memory: HostMemory | None = None
         self.thread: threading.Thread | None = None
+        self.source: Copied | None = None
         self.latest: Save | None = None
         self.finished: deque[Save] = deque()
         self.failed_in_a_row = self.failed = 0
@@ -88,7 +101,7 @@ class Saver:
     def save(
         self, step: int, fragments: list[Fragment], generators: dict[str, Tensor], trainer: dict
     ) -> None:
-        """Begin to save what these tensors hold now; ValueError after too many failures."""
+        """Begin to save what these tensors hold now; SaveFailed after too many failures."""
         began = time.perf_counter()
         self.settle()
         waited = time.perf_counter() - began
@@ -102,11 +115,11 @@ class Saver:
         save = self.latest = Save(step=step)
         image = Image.of(fragments, generators, self.writer.world.rank)
         if self.background:
-            source = Copied(image, self.memory_for(image))
+            self.source = Copied(image, self.memory_for(image))
             # Not waited for when a person interrupts twice: what it writes is no checkpoint yet.
             self.thread = threading.Thread(
                 target=self.write,
-                args=(save, image, source, copy.deepcopy(trainer)),
+                args=(save, image, self.source, copy.deepcopy(trainer)),
                 name=f"save-{step}",
                 daemon=True,
             )
@@ -138,11 +151,19 @@ class Saver:
         except Exception as error:  # the border of the thread: settle() raises it
             self.crash = error
 
+    def wait(self) -> None:
+        """Until the thread has ended."""
+        seen = None
+        while self.thread is not None and self.thread.is_alive():
+            if seen != self.source.number:
+                seen = self.source.number
+                self.alive()
+            self.thread.join(POLL)
+        self.thread = None
+
     def settle(self) -> None:
         """Wait until nothing is being written. Raises when the run cannot go on."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
+        self.wait()
         if self.crash is not None:
             raise self.crash
         if self.failed_in_a_row >= self.limit:
@@ -171,13 +192,9 @@ class Saver:
 
     def close(self) -> None:
         """Wait for what is being written, so that it is not lost to an error elsewhere."""
-        if self.thread is not None:
-            if self.thread.is_alive():
-                log.info(
-                    "waiting for the checkpoint of step %d to become durable", self.latest.step
-                )
-            self.thread.join()
-            self.thread = None
+        if self.thread is not None and self.thread.is_alive():
+            log.info("waiting for the checkpoint of step %d to become durable", self.latest.step)
+        self.wait()
         self.release()
         self.writer.close()
         leave_side_group(self.writer.group)

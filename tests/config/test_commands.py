@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from llmtrain import config
+from llmtrain import cli, config
+from llmtrain.checkpoint import load_model
 from llmtrain.continuation import continuations
 
 SMALL = ["model=tiny", "model.d_model=32", "model.n_layers=2", "model.ffn_hidden=48"]
@@ -80,3 +84,76 @@ def test_dry_run_plans_and_stops(folder):
     assert done.returncode == 0, done.stderr
     assert "run: 4 steps of 4 rows = 1,024 tokens" in done.stdout
     assert not (folder / "runs" / "dry" / "checkpoints").exists()
+
+
+@pytest.fixture
+def run(folder, tmp_path):
+    """A copy of the run, whose checkpoints a test may damage."""
+    return shutil.copytree(folder / "runs" / "small", tmp_path / "small")
+
+
+def test_checkpoint_list_and_verify(run, capsys):
+    assert cli.main(["checkpoint", "list", f"run_dir={run}"]) == 0
+    _, line = capsys.readouterr().out.splitlines()
+    step, *_, ranks, state = line.split()
+    assert (step, ranks, state) == ("4", "1", "complete")
+    assert cli.main(["checkpoint", "verify", f"run_dir={run}"]) == 0
+    assert capsys.readouterr().out.rstrip().endswith("step-00000004: good")
+
+    path = run / "checkpoints" / "step-00000004"
+    for name in ("rank-00000.safetensors", "tokenizer.json"):
+        content = bytearray((path / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (path / name).write_bytes(content)
+    assert cli.main(["checkpoint", "list", f"run_dir={run}"]) == 0  # content is not read
+    assert "complete" in capsys.readouterr().out
+    for where in (f"run_dir={run}", f"checkpoint={path}"):
+        assert cli.main(["checkpoint", "verify", where]) == 1
+        first, *found = capsys.readouterr().out.splitlines()
+        assert first == f"{path}: damaged"
+        assert {line.split()[0] for line in found} == {"rank-00000.safetensors", "tokenizer.json"}
+    (path / "config.yaml").unlink()
+    assert cli.main(["checkpoint", "list", f"run_dir={run}"]) == 0
+    assert "damaged: file config.yaml is missing" in capsys.readouterr().out
+
+
+def test_checkpoint_consolidate(run, tmp_path, capsys):
+    expected = load_model(run).model.state_dict()
+    for dtype in ("fp32", "bf16"):
+        out = tmp_path / dtype / "model.safetensors"
+        typed = ["checkpoint", "consolidate", f"checkpoint={run}", f"out={out}", f"dtype={dtype}"]
+        assert cli.main(typed) == 0
+        stored = load_file(out)
+        assert stored.keys() == expected.keys()
+        for name, tensor in expected.items():
+            kept = tensor.to(torch.bfloat16) if dtype == "bf16" else tensor
+            assert torch.equal(stored[name], kept)
+            assert stored[name].dtype == kept.dtype
+        beside = {"config.yaml", "tokenizer.json", "token_bytes.npy", "model.safetensors"}
+        assert {file.name for file in out.parent.iterdir()} == beside
+        assert cli.main(typed) == 2
+        assert f"{out} exists and is not overwritten" in capsys.readouterr().err
+    out.unlink()
+    assert cli.main(typed) == 2
+    assert "config.yaml exists and is not overwritten" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ([], "got no action, expected one of list, verify, consolidate"),
+        (["lst", "run_dir=x"], "got lst, expected one of list, verify, consolidate"),
+        (["list"], "run_dir: no value, expected one for list; add run_dir=..."),
+        (["list", "run_dir=nowhere"], "run_dir: got nowhere, which has no checkpoints"),
+        (["verify"], "expected either run_dir=<run folder>"),
+        (["verify", "run_dir=a", "checkpoint=b"], "expected either run_dir=<run folder>"),
+        (["verify", "run_dir=a", "dtype=bf16"], "dtype=bf16: has no effect on `llmtrain checkpo"),
+        (["consolidate", "checkpoint=a"], "out: no value, expected one for consolidate"),
+        (["consolidate", "checkpoint=a", "out=b.pt"], "expected a file name that ends in .safete"),
+        (["list", "run_dir=x", "model=tiny"], "`llmtrain checkpoint` takes no groups"),
+    ],
+)
+def test_checkpoint_mistakes(typed, message, capsys):
+    assert cli.main(["checkpoint", *typed]) == 2
+    assert message in capsys.readouterr().err

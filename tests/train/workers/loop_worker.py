@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from llmtrain.config import compose
+from llmtrain.exits import RunFailed
 from llmtrain.train.loop import train
 
 RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -52,10 +53,10 @@ def main() -> None:
     if RANK == 1:
         os.fsync = no_space
     config = configure("failed", "zero2")
-    config["train"]["save_failures"] = 1
+    config["train"]["save_failures"] = 2
     try:
         train(config)
-    except ValueError as error:
+    except RunFailed as error:
         (out / f"failed-rank{RANK}.txt").write_text(str(error))
     os.fsync = sync
 

@@ -211,9 +211,9 @@ def test_a_resumed_run_remembers_the_rollback(bad, make):
 
 
 def test_before_the_first_checkpoint_the_run_starts_over(make, monkeypatch):
-    """Buffers too: the router's biases of a mixture of experts."""
+    """With its buffers (the biases of a router) and random draws (its noise) as at first."""
     moe = ("channel=moe", "channel.bias_update_speed=0.01", "train.total_tokens=1536")
-    moe += ("train.save_every=6",)
+    moe += ("train.save_every=6", "channel.noise=0.1")
     train(make("early", *WATCHFUL, *moe, "guard.inject=[nan_loss@3-4]"))
     (event,) = rollbacks(make.folder / "early")
     assert (event["to_step"], event["checkpoint"], event["data_steps"]) == (0, None, [2, 4])

@@ -177,17 +177,17 @@ class Driver:
         """Whether the ranks have to be told to stop; takes note of new signals."""
         while self.signals:
             name = signal.Signals(number := self.signals.pop(0)).name
-            if self.by_slurm() != "nothing":
-                self.ended_by_slurm(name)
+            by_slurm = self.by_slurm()
+            if by_slurm not in ("nothing", "preempts"):
+                self.ended_by_slurm(name, by_slurm)
                 continue
             self.say(f"{name}: the ranks are told to save and stop")
             self.stopping = True
-            self.asked |= number == signal.SIGTERM
+            self.asked |= number == signal.SIGTERM and by_slurm == "nothing"
         return self.stopping
 
-    def ended_by_slurm(self, name: str) -> None:
+    def ended_by_slurm(self, name: str, by_slurm: str) -> None:
         """Slurm has told the ranks itself; note what it does, while there is time."""
-        by_slurm = self.by_slurm()
         self.say(f"{name}: Slurm ends this start ({by_slurm}), and tells the ranks")
         if by_slurm == "time limit" or self.noted:
             return  # at the limit it is this process that asks for a requeue, when the ranks ended
@@ -210,7 +210,7 @@ class Driver:
             self.say(f"the controller does not answer: {error}")
             return "nothing"
         if job.running:
-            return "nothing"
+            return "preempts" if job.preempted else "nothing"
         if job.restarts > self.restart or job.pending:
             return "requeues"
         return "time limit" if job.reason == "TimeLimit" else "ends"

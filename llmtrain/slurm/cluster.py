@@ -53,12 +53,13 @@ def submit(file: Path, options: Sequence[str], environment: Mapping[str, str]) -
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What the controller says of a job. restarts: how often it was put back into the queue."""
+    """What the controller says of a job. restarts: how often it was put back into the queue.
+    preempted: whether this start is being preempted, with some grace left."""
 
     state: str
     reason: str
     restarts: int
-    end_time: str
+    preempted: bool
 
     @property
     def running(self) -> bool:
@@ -79,11 +80,12 @@ def parse_job(text: str) -> Job:
     fields = dict(
         word.split("=", 1) for word in text.split() if "=" in word and not word.startswith("=")
     )
+    begun, preempted = fields.get("StartTime", ""), fields.get("PreemptTime", "")
     return Job(
         state=fields["JobState"],
         reason=fields.get("Reason", "None"),
         restarts=int(fields.get("Restarts", 0)),
-        end_time=fields.get("EndTime", "Unknown"),
+        preempted=preempted[:1].isdigit() and preempted >= begun,
     )
 
 

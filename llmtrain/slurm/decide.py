@@ -44,7 +44,7 @@ class Ended:
     exclude: tuple[str, ...] = ()
     enough: bool = True
     asked: bool = False
-    by_slurm: Literal["nothing", "requeues", "ends", "time limit"] = "nothing"
+    by_slurm: Literal["nothing", "preempts", "requeues", "ends", "time limit"] = "nothing"
 
     @property
     def advanced(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from llmtrain.schema import TrainConfig
 from llmtrain.slurm import cluster, partitions, queue, sweep
 from llmtrain.slurm.cluster import SlurmError
 from llmtrain.slurm.resources import Resources
+from llmtrain.slurm.status import holder_of
 from llmtrain.slurm.submission import Submission, note_job
 from llmtrain.slurm.training import Training, with_device
 from llmtrain.slurm.write import Link, write
@@ -52,7 +54,7 @@ def launch(overrides: Sequence[str], config_dirs: Sequence[str | Path]) -> None:
         if not wanted["dry_run"]:
             jobs = queue.read()
             for training in trainings:
-                queue.check_free(Path(os.path.abspath(training.config["run_dir"])), jobs)
+                check_unused(Path(os.path.abspath(training.config["run_dir"])), jobs)
         print(trainings[0].describe(rate(trainings[0], typed, config_dirs)), flush=True)
         for training in trainings if points else ():
             print(f"point       {training.brief()}")
@@ -185,6 +187,18 @@ def check_cluster(resources: Resources) -> None:
                 f"exclude: leaves {len(left)} of {len(known)} nodes, expected at least "
                 f"nodes={resources.nodes}; change either"
             )
+
+
+def check_unused(run_dir: Path, jobs: Sequence[queue.Queued]) -> None:
+    """ValueError when a job of this run is there, or somebody trains in its folder without one."""
+    queue.check_free(run_dir, jobs)
+    holder = holder_of(run_dir, time.time())
+    if holder and not holder.get("job"):
+        raise ValueError(
+            f"run_dir: {run_dir} is in use by pid {holder.get('pid')} on host "
+            f"{holder.get('host')}, expected one training a run; wait for its end, or give this "
+            "run another name=..."
+        )
 
 
 def submit(base: Submission, wanted: dict) -> None:

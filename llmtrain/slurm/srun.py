@@ -45,6 +45,7 @@ class Step:
             f"--ntasks-per-node={tasks_per_node}",
             "--distribution=block",
             "--input=none",
+            "--export=ALL",
             *options,
         ]
         self.meet = meeting_point(nodes[0])

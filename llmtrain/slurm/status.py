@@ -145,7 +145,8 @@ def state_of(run: Path, jobs: Sequence[Queued], decisions: list[dict], now: floa
     if not (run / "starts.jsonl").exists() and not decisions:
         submitted = any(job_id(folder) for folder in submissions(run))
         return "ended before a start" if submitted else "not submitted"
-    if holder_lives(run, now):
+    holder = holder_of(run, now)
+    if holder and not (holder.get("job") and queue.available()):  # the queue would have named it
         return "running"
     if finished(run):
         return "finished"
@@ -154,16 +155,15 @@ def state_of(run: Path, jobs: Sequence[Queued], decisions: list[dict], now: floa
     return "stopped" if (run / "summary.json").exists() else "died"
 
 
-def holder_lives(run: Path, now: float) -> bool:
-    """Whether somebody works in the folder outside of the queue, by its lock."""
+def holder_of(run: Path, now: float) -> dict:
+    """Who works in the folder, by its lock (llmtrain/train/lock.py); empty when nobody lives."""
     file = run / ".lock"
-    if not file.exists():
-        return False
+    if not file.exists() or now - file.stat().st_mtime > STALE:
+        return {}
     try:
-        held = json.loads(file.read_text(encoding="utf-8") or "{}")
+        return json.loads(file.read_text(encoding="utf-8") or "{}")
     except json.JSONDecodeError:  # being written
-        held = True
-    return bool(held) and now - file.stat().st_mtime < STALE
+        return {"pid": None, "host": None, "job": None}
 
 
 def finished(run: Path) -> bool:

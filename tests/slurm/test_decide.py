@@ -26,6 +26,7 @@ def earlier(*causes: str, advanced: bool = False) -> list[dict]:
         (ended("stopped", by_slurm="ends"), "end", 85),
         (ended("stopped", by_slurm="requeues"), "wait", 0),
         (ended("stopped", by_slurm="time limit"), "requeue", 0),
+        (ended("stopped", by_slurm="preempts"), "requeue", 0),
         (ended("hung"), "requeue", 0),
         (ended("hung", step=10), "requeue", 0),
         (ended("lost"), "requeue", 0),

@@ -213,6 +213,16 @@ def test_one_job_a_run(fake_slurm, typed, tmp_path, capsys):
     assert launched("name=two", *typed) == 0
 
 
+def test_a_training_without_a_job_holds_the_folder(fake_slurm, typed, tmp_path, capsys):
+    run_dir = tmp_path / "runs" / "one"
+    run_dir.mkdir(parents=True)
+    (run_dir / ".lock").write_text('{"pid": 77, "host": "login1", "job": null}')
+    assert launched("name=one", *typed) == 2
+    assert "is in use by pid 77 on host login1" in capsys.readouterr().err
+    (run_dir / ".lock").write_text("{}")
+    assert launched("name=one", *typed) == 0
+
+
 def test_a_checkpoint_of_another_training(fake_slurm, typed, tmp_path, capsys):
     folder = tmp_path / "runs" / "default" / "checkpoints" / "step-00000005"
     folder.mkdir(parents=True)

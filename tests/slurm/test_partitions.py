@@ -129,6 +129,16 @@ def test_job(state, restarts, running):
 
 
 @pytest.mark.parametrize(
+    ("preempted", "expected"),
+    [("None", False), ("2026-11-23T14:03:32", True), ("2026-11-23T13:00:00", False)],
+)
+def test_a_job_that_is_being_preempted(preempted, expected):
+    """A time before this start is that of an earlier preemption."""
+    state = f"JobState=RUNNING StartTime=2026-11-23T14:00:00 PreemptTime={preempted}"
+    assert cluster.parse_job(JOB.format(state, 1)).preempted == expected
+
+
+@pytest.mark.parametrize(
     ("state", "gone"),
     [
         ("ALLOCATED", False),

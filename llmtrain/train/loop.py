@@ -10,7 +10,6 @@ s and of the data passed over, so a resumed run continues where it left.
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
 import time
@@ -34,7 +33,7 @@ from llmtrain.train.engine import Engine, Pending, bits_per_byte
 from llmtrain.train.guard import Guard, Limits
 from llmtrain.train.health import Comparison
 from llmtrain.train.lock import RunLock
-from llmtrain.train.meter import Meter, peak_memory
+from llmtrain.train.meter import Meter, memory_used
 from llmtrain.train.module import TrainModule
 from llmtrain.train.rollback import Course
 from llmtrain.train.runlog import LOGGERS, RunLog
@@ -161,9 +160,12 @@ class Run:
             total_steps=setup.plan.steps,
             tracker=setup.tracker,
         )
-        self.log.start(
-            setup.config, self.facts(start), resumed_step=self.step, course=self.course.number
-        )
+        facts = {
+            "resumed_from": None if start is None else str(start),
+            **setup.facts(),
+            "deepspeed": self.engine.config,
+        }
+        self.log.start(setup.config, facts, resumed_step=self.step, course=self.course.number)
         if start is not None:
             announce_resume(setup.schedule, setup.optimizer.lr, trainer)
         # Steps whose results the host has not read: it stays one behind a GPU, so as not to wait.
@@ -461,23 +463,9 @@ class Run:
         yield
         self.meter.pause(time.perf_counter() - began)
 
-    def facts(self, start: object) -> dict:
-        """What a line of starts.jsonl says about this start."""
-        cuda = self.device.type == "cuda"
-        return {
-            "resumed_from": None if start is None else str(start),
-            "ranks": self.world.size,
-            "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
-            "micro_batch": self.setup.micro_batch,
-            "micro_steps": self.rows // self.world.size // self.setup.micro_batch,
-            "data_fingerprint": self.setup.loader.fingerprint,
-            "data_stream": self.setup.loader.stream_hash,
-            "backends": self.setup.backends,
-            "deepspeed": self.engine.config,
-        }
-
     def summarise(self) -> dict:
         """What the run came to; rank 0 writes it to summary.json."""
+        planned = self.setup.plan.memory[self.setup.zero.stage].total
         summary = {
             "finished": self.step == self.setup.plan.steps,
             "step": self.step,
@@ -489,19 +477,9 @@ class Run:
             "checkpoint": str(self.saver.writer.path(self.step)),
             "ranks": self.world.size,
             **self.meter.overall(),
+            "memory": memory_used(self.device, planned),
         }
-        peak = peak_memory(self.device)
-        summary["memory"] = {"peak_gib": peak / 2**30}
-        if self.device.type == "cuda":
-            estimate = self.setup.plan.memory[self.setup.zero.stage].total
-            summary["memory"] |= {"planned_gib": estimate / 2**30, "planned/peak": estimate / peak}
-            self.log.say(
-                f"memory: planned {estimate / 2**30:.2f} GiB, peak {peak / 2**30:.2f} GiB "
-                f"({estimate / peak - 1:+.0%})"
-            )
-        if self.world.rank == 0:
-            path = self.setup.run_dir / "summary.json"
-            path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        self.log.summary(summary)
         return summary
 
     def close(self) -> None:

@@ -106,3 +106,12 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory_used(device: torch.device, planned: float) -> dict[str, float]:
+    """The peak in GiB, and on a GPU the planner's bytes beside it."""
+    peak = peak_memory(device)
+    used = {"peak_gib": peak / 2**30}
+    if device.type == "cuda":
+        used |= {"planned_gib": planned / 2**30, "planned/peak": planned / peak}
+    return used

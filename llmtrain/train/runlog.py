@@ -149,6 +149,19 @@ class RunLog:
         self.mirror(now or step, {f"{prefix}{name}": value for name, value in values.items()})
         self.say(console_line(step, self.total_steps, kind, values))
 
+    def summary(self, values: dict) -> None:
+        """summary.json, and the planner's error on the console."""
+        if not self.writes:
+            return
+        memory = values["memory"]
+        if "planned_gib" in memory:
+            self.say(
+                f"memory: planned {memory['planned_gib']:.2f} GiB, peak {memory['peak_gib']:.2f} "
+                f"GiB ({memory['planned/peak'] - 1:+.0%})"
+            )
+        text = json.dumps(values, indent=1) + "\n"
+        (self.run_dir / "summary.json").write_text(text, encoding="utf-8")
+
     def say(self, text: str) -> None:
         """A line on the console, above the bar if there is one."""
         if not self.writes:

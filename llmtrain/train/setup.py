@@ -133,6 +133,19 @@ class Setup:
             device=self.device,
         )
 
+    def facts(self) -> dict:
+        """What a line of starts.jsonl says about how the run is computed."""
+        cuda = self.device.type == "cuda"
+        return {
+            "ranks": self.world.size,
+            "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
+            "micro_batch": self.micro_batch,
+            "micro_steps": self.plan.rows // self.world.size // self.micro_batch,
+            "data_fingerprint": self.loader.fingerprint,
+            "data_stream": self.loader.stream_hash,
+            "backends": self.backends,
+        }
+
     def flops(self) -> float:
         """FLOPs of a training token."""
         return train_flops_per_token(self.build_module("meta").model, self.plan.seq_len)

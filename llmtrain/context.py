@@ -41,8 +41,8 @@ class SequenceContext:
         0 for a fresh sequence.
     rotary: width of a rotated head part -> its angles, for every rotary_width among the model's
         mixers; set by the position module when it is rotary, else None.
-    repeats, noise_seed: what a stack of recurrent depth drew for this micro-batch in training: its
-        number of iterations (host int) and the seed of its first latents (int64 []); else None.
+    repeats, noise_seeds_B: what a stack of recurrent depth drew for this micro-batch in training:
+        its number of iterations (host int) and the seeds of its first latents (int64 [B]), or None.
     """
 
     positions_BT: Tensor
@@ -52,7 +52,7 @@ class SequenceContext:
     prefix_tokens: int = 0
     rotary: dict[int, Rotary] | None = None
     repeats: int | None = None
-    noise_seed: Tensor | None = None
+    noise_seeds_B: Tensor | None = None
 
     @classmethod
     def dense(
@@ -100,7 +100,7 @@ class SequenceContext:
         """The same context with its tensors on device (non-blocking copies)."""
         moved = {
             name: value.to(device, non_blocking=True)
-            for name in ("positions_BT", "doc_ids_BT", "cu_seqlens", "noise_seed")
+            for name in ("positions_BT", "doc_ids_BT", "cu_seqlens", "noise_seeds_B")
             if (value := getattr(self, name)) is not None
         }
         return replace(self, **moved)

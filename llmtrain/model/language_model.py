@@ -163,7 +163,7 @@ class LanguageModel(nn.Module):
         if known_BT is not None:
             x_BTD = torch.where(known_BT[..., None], x_BTD, 0)
         # what only the stack reads would make compiled blocks look different
-        ctx = replace(ctx, repeats=None, noise_seed=None)
+        ctx = replace(ctx, repeats=None, noise_seeds_B=None)
         ctx = ctx.with_rotary(self.position.rotary(ctx))
         if self.stack.activation_checkpointing == "full" and torch.is_grad_enabled():
             return checkpoint(

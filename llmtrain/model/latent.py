@@ -38,11 +38,10 @@ def position_keys(positions_BT: Tensor) -> Tensor:
     return mix(mix(positions_BT * GOLDEN) ^ EVALUATION_SEED)
 
 
-def token_keys(seed: Tensor, positions_BT: Tensor) -> Tensor:
-    """Keys [B, T] of tokens by their place in the batch. seed: int64 []."""
-    rows, tokens = positions_BT.shape
-    places_BT = torch.arange(rows * tokens, device=positions_BT.device).view(rows, tokens)
-    return mix(mix(seed * GOLDEN) ^ (places_BT * GOLDEN))
+def token_keys(seeds_B: Tensor, tokens: int) -> Tensor:
+    """Keys [B, T] of tokens by their place in the row. seeds_B: int64, one a row."""
+    places_T = torch.arange(tokens, device=seeds_B.device)
+    return mix(mix(seeds_B * GOLDEN)[:, None] ^ (places_T * GOLDEN))
 
 
 def truncated_normal(keys_BT: Tensor, d_model: int, *, dtype: torch.dtype) -> Tensor:

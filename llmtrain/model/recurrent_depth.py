@@ -6,7 +6,8 @@
     hidden = norm(coda(norm(s_r)))   one norm, twice
 
 Geiping et al. 2025 (arXiv:2502.05171), sections 3.1 to 3.3. In training r is drawn for every
-micro-batch, and the same on all ranks (eq. 1 of section 3.3):
+step, the same for all of its rows, and s_0 for every row, so that neither depends on how rows are
+divided among ranks and micro-batches (eq. 1 of section 3.3):
 
     t ~ N(log(repeats) - 1/8, 1/2),  r ~ Poisson(e^t) + 1        E r = repeats + 1
 
@@ -122,17 +123,19 @@ class RecurrentDepth(Stack):
         return self.sampling != "fixed"
 
     def drawn(
-        self, ctx: SequenceContext, *, seed: int, step: int, micro: int, rank: int
+        self, ctx: SequenceContext, *, seed: int, step: int, first_row: int
     ) -> SequenceContext:
-        """r and the seed of s_0: pure functions of the arguments, r of all but the rank."""
+        """r, a pure function of seed and step, and the seeds of s_0, of seed, step and row."""
         if self.draws_depth:
-            name = f"repeats/{step}/{micro}"
-            ctx = replace(ctx, repeats=draw_repeats(keyed_seed(seed, name), self.repeats))
+            drawn = draw_repeats(keyed_seed(seed, f"repeats/{step}"), self.repeats)
+            ctx = replace(ctx, repeats=drawn)
         if self.latent == "normal":
-            number = keyed_seed(seed, f"latent/{step}/{micro}/{rank}")
-            # full() writes the number on the device, where a copy from the host would wait
-            noise_seed = torch.full((), number, device=ctx.positions_BT.device)
-            ctx = replace(ctx, noise_seed=noise_seed)
+            # Made on the device: a copy from the host would wait. Neighbouring seeds are as good as
+            # any (latent.py); the sum may wrap around.
+            rows, device = ctx.positions_BT.shape[0], ctx.positions_BT.device
+            number = keyed_seed(seed, f"latent/{step}")
+            seeds_B = torch.arange(rows, device=device) + first_row + number
+            ctx = replace(ctx, noise_seeds_B=seeds_B)
         return ctx
 
     def set_depth(self, *, repeats: int | None = None, exit_threshold: float | None = None) -> Self:
@@ -154,7 +157,7 @@ class RecurrentDepth(Stack):
 
     def run(self, x: Tensor, ctx: SequenceContext, walk: Walk) -> Tensor:
         repeats = self.repeats if ctx.repeats is None else ctx.repeats
-        latent_ctx, ctx = ctx, replace(ctx, repeats=None, noise_seed=None)
+        latent_ctx, ctx = ctx, replace(ctx, repeats=None, noise_seeds_B=None)
         for i in self.prelude:
             x = walk(i, x, ctx)
         if self.injected_norm is not None:
@@ -177,10 +180,10 @@ class RecurrentDepth(Stack):
             return x
         if self.latent == "zeros":
             return torch.zeros_like(x)
-        if ctx.noise_seed is None:
+        if ctx.noise_seeds_B is None:
             keys_BT = position_keys(ctx.positions_BT)
         else:
-            keys_BT = token_keys(ctx.noise_seed, ctx.positions_BT)
+            keys_BT = token_keys(ctx.noise_seeds_B, ctx.positions_BT.shape[1])
         dtype = torch.promote_types(x.dtype, torch.float32)
         noise_BTD = truncated_normal(keys_BT, x.shape[-1], dtype=dtype) * self.latent_std
         return (noise_BTD if x.ndim == 3 else noise_BTD[:, 0]).to(x.dtype)

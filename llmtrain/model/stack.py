@@ -63,9 +63,12 @@ class Stack(nn.Module):
         return False
 
     def drawn(
-        self, ctx: SequenceContext, *, seed: int, step: int, micro: int, rank: int
+        self, ctx: SequenceContext, *, seed: int, step: int, first_row: int
     ) -> SequenceContext:
-        """The context of a micro-batch in training, with what the stack draws at random for it."""
+        """The context of a micro-batch in training, with what the stack draws at random for it.
+
+        first_row: of the micro-batch, in the rows of all ranks in this step.
+        """
         return ctx
 
     def set_depth(self, *, repeats: int | None = None, exit_threshold: float | None = None) -> Self:

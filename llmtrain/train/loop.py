@@ -332,13 +332,13 @@ class Run:
             self.log.event(self.step + 1, "fault", {"fault": text})
         self.faults.before(self.step + 1)
         spoil = self.faults.spoil(data_step)
+        first_row = self.world.rank * (self.rows // self.world.size)
         for i, micro in enumerate(micros):
             ctx = self.engine.module.model.stack.drawn(
                 micro.ctx,
                 seed=self.setup.config["seed"],
                 step=self.step,
-                micro=i,
-                rank=self.world.rank,
+                first_row=first_row + i * self.setup.micro_batch,
             )
             last = i == len(micros) - 1
             self.engine.accumulate(replace(micro, ctx=ctx), last=last, spoil=spoil)

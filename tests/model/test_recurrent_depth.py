@@ -121,19 +121,20 @@ def test_losses_of_iterations_without_gradient_do_not_count(make_stack, x):
 def test_drawn_numbers(make_stack):
     stack = make_stack(repeats=8)
 
-    def drawn(seed=0, step=3, micro=1, rank=0):
-        return stack.drawn(DENSE, seed=seed, step=step, micro=micro, rank=rank)
+    def drawn(seed=0, step=3, first_row=4):
+        return stack.drawn(DENSE, seed=seed, step=step, first_row=first_row)
 
-    one, again, other_rank = drawn(), drawn(), drawn(rank=1)
-    assert (one.repeats, one.noise_seed) == (again.repeats, again.noise_seed)
-    assert other_rank.repeats == one.repeats
-    assert other_rank.noise_seed != one.noise_seed
+    one, again, later_rows = drawn(), drawn(), drawn(first_row=5)
+    assert one.repeats == again.repeats == later_rows.repeats
+    assert torch.equal(one.noise_seeds_B, again.noise_seeds_B)
+    assert torch.equal(one.noise_seeds_B[1:], later_rows.noise_seeds_B[:-1])
+    assert len(set(one.noise_seeds_B.tolist())) == len(one.noise_seeds_B) > 1
+    assert not set(drawn(step=4).noise_seeds_B.tolist()) & set(one.noise_seeds_B.tolist())
     assert len({drawn(step=step).repeats for step in range(20)}) > 5
-    assert len({drawn(micro=micro).repeats for micro in range(20)}) > 5
     assert len({drawn(seed=seed).repeats for seed in range(20)}) > 5
     fixed = make_stack(repeats=8, sampling="fixed", latent="zeros")
-    assert fixed.drawn(DENSE, seed=0, step=0, micro=0, rank=0) is DENSE
-    assert Stack([stack.blocks[0]]).drawn(DENSE, seed=0, step=0, micro=0, rank=0) is DENSE
+    assert fixed.drawn(DENSE, seed=0, step=0, first_row=0) is DENSE
+    assert Stack([stack.blocks[0]]).drawn(DENSE, seed=0, step=0, first_row=0) is DENSE
 
 
 def test_a_drawn_context_rules(make_stack, x):
@@ -142,7 +143,8 @@ def test_a_drawn_context_rules(make_stack, x):
     stack_of_5 = make_stack(repeats=5)
     assert torch.equal(stack(x, ctx)[0], stack_of_5(x, DENSE)[0])
     one, two = (
-        stack(x, replace(DENSE, noise_seed=torch.tensor(seed)))[0].detach() for seed in (1, 2)
+        stack(x, replace(DENSE, noise_seeds_B=torch.tensor([seed] * len(x))))[0].detach()
+        for seed in (1, 2)
     )
     assert not torch.allclose(one, two, rtol=1e-3)
     assert not torch.allclose(one, stack(x, DENSE)[0], rtol=1e-3)

@@ -36,13 +36,13 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def depths(monkeypatch):
-    """The (repeats, seed of the latents) of every differentiated forward pass."""
+    """The (repeats, seeds of the latents) of every differentiated forward pass."""
     seen = []
     run = RecurrentDepth.run
 
     def recorded(self, x, ctx, walk):
         if torch.is_grad_enabled():
-            seen.append((ctx.repeats, ctx.noise_seed.item()))
+            seen.append((ctx.repeats, tuple(ctx.noise_seeds_B.tolist())))
         return run(self, x, ctx, walk)
 
     monkeypatch.setattr(RecurrentDepth, "run", recorded)
@@ -56,7 +56,8 @@ def test_a_run_and_its_continuation_bit_for_bit(configure, tmp_path, depths, sta
     train(configure("run", *options))
     straight = list(depths)
     assert len({repeats for repeats, _ in straight}) > 2
-    assert len({seed for _, seed in straight}) == len(straight)
+    seeds = [seed for _, row_seeds in straight for seed in row_seeds]
+    assert len(set(seeds)) == len(seeds)
     run_dir, again = tmp_path / "run", tmp_path / "again"
     shutil.copytree(run_dir, again)
     for step in (10, 12):
@@ -69,6 +70,18 @@ def test_a_run_and_its_continuation_bit_for_bit(configure, tmp_path, depths, sta
     one, two = tensors(run_dir / last), tensors(again / last)
     assert one.keys() == two.keys()
     assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_draws_do_not_depend_on_micro_batches(configure, tmp_path):
+    """Depth and first latents of every row are those of the step, however its rows are divided."""
+    options = (*DEPTH, "train.total_tokens=1024", "train.val_every=1000", "train.log_every=1")
+    for rows in (8, 2):
+        train(configure(f"rows{rows}", *options, f"train.micro_batch={rows}"))
+    for one, other in zip(
+        lines(tmp_path / "rows8", "ledger"), lines(tmp_path / "rows2", "ledger"), strict=True
+    ):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
 
 
 def test_compiled_blocks_follow_eager(configure, tmp_path):

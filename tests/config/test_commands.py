@@ -37,10 +37,13 @@ def folder(tmp_path_factory):
 
 
 def llmtrain(cwd, *arguments: str) -> subprocess.CompletedProcess:
+    # without the ranks and the port of a training in this process
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(
         [sys.executable, "-m", "llmtrain.cli", *arguments],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

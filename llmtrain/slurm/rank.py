@@ -45,7 +45,8 @@ def main(arguments: list[str]) -> int:
             ended = STOPPED
         else:
             ended = code
-        log.write(f"{stamp()} --- {job}: rank {rank} ended with {describe(ended)}\n")
+        after = f" after {', '.join(signal.Signals(n).name for n in told)}" if told else ""
+        log.write(f"{stamp()} --- {job}: rank {rank} ended with {describe(ended)}{after}\n")
     note(start, rank, node, ended, tail)
     if ended == HUNG:
         time.sleep(REPORTS)

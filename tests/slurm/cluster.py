@@ -242,7 +242,7 @@ class Cluster:
         for path in sorted(logs) + sorted(path for path in outputs if path.exists()):
             lines = path.read_text(errors="replace").splitlines()
             kept = [line for line in lines if "pmix" not in line]  # never installed, never needed
-            parts.append("\n".join([f"== {path}", *kept[-30:]]))
+            parts.append("\n".join([f"== {path}", *kept[-60:]]))
         return "\n".join(parts)
 
     # The end

@@ -69,6 +69,15 @@ def pytest_report_collectionfinish(config: pytest.Config) -> str | None:
     return None
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """A test that fails shows the queue and the ends of the logs."""
+    report = yield
+    if report.when == "call" and report.failed and "slurm" in item.funcargs:
+        report.sections.append(("cluster", item.funcargs["slurm"].report()))
+    return report
+
+
 LEFT_OUT = pytest.StashKey[int]()
 
 

@@ -108,9 +108,7 @@ class Guard:
 
     def __init__(self, knobs: Knobs):
         self.knobs = knobs
-        self.applied = self.skipped = self.in_a_row = 0
-        self.window: deque[Entry] = deque(maxlen=knobs.window + LAG)
-        self.recent: deque[Skip] = deque()  # of the last rollback_window steps
+        self.load(None)
 
     def limits(self, step: int) -> Limits:
         """Those of a step that is about to be made, from the results of steps up to step - LAG."""
@@ -194,10 +192,12 @@ class Guard:
             "recent": [list(skip) for skip in self.recent],
         }
 
-    def load(self, state: dict) -> None:
-        """Continue from a state; of another window, what fits."""
+    def load(self, state: dict | None) -> None:
+        """Continue from a state; of another window, what fits. None: as before the first step."""
+        state = state or {"applied": 0, "skipped": 0, "in_a_row": 0, "window": [], "recent": []}
         self.applied, self.skipped = state["applied"], state["skipped"]
         self.in_a_row = state["in_a_row"]
-        self.window.clear()
-        self.window.extend(Entry(*entry) for entry in state["window"])
-        self.recent = deque(Skip(*skip) for skip in state["recent"])
+        entries = (Entry(*entry) for entry in state["window"])
+        self.window: deque[Entry] = deque(entries, maxlen=self.knobs.window + LAG)
+        # Of the last rollback_window steps.
+        self.recent: deque[Skip] = deque(Skip(*skip) for skip in state["recent"])

@@ -13,41 +13,28 @@ import gc
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-from llmtrain_data.manifest import TOKEN_BYTES_FILE, TOKENIZER_FILE
 
 from llmtrain import distributed
 from llmtrain.data.prefetch import Prefetcher
-from llmtrain.model.init import keyed_seed
-from llmtrain.train import faults, resume, rollback
-from llmtrain.train.batches import HeldOut
-from llmtrain.train.checkpoint import CheckpointWriter
-from llmtrain.train.engine import Engine, Pending, bits_per_byte
-from llmtrain.train.guard import Guard, Limits
+from llmtrain.train import assembly, faults, resume, rollback
+from llmtrain.train.engine import bits_per_byte
+from llmtrain.train.guard import Guard
 from llmtrain.train.health import Comparison
 from llmtrain.train.lock import RunLock
-from llmtrain.train.meter import Meter, memory_used
-from llmtrain.train.module import TrainModule
+from llmtrain.train.meter import memory_used
+from llmtrain.train.results import Made, Results
 from llmtrain.train.rollback import Course
 from llmtrain.train.runlog import LOGGERS, RunLog
-from llmtrain.train.saving import Saver
 from llmtrain.train.schedule import announce_resume
 from llmtrain.train.setup import Setup
 from llmtrain.train.stopping import StopRequest
-from llmtrain.train.stragglers import Stragglers, own_work_ends
 from llmtrain.train.watchdog import Watch, Watchdog, collective_timeout
-
-log = logging.getLogger(__name__)
-
-# Ranks wait that long for the slowest one's file.
-SAVE_TIMEOUT = timedelta(hours=2)
 
 
 def train(config: dict) -> dict:
@@ -92,154 +79,98 @@ class Run:
         self.knobs = setup.config["train"]
         self.rows = setup.plan.rows
         self.step_tokens = self.rows * setup.plan.seq_len
-        self.start = start = resume.choose(self.knobs["resume"], setup.run_dir, self.world)
+        self.start = resume.choose(self.knobs["resume"], setup.run_dir, self.world)
         trainer = {}
-        if start is not None:
-            trainer = resume.read_trainer(start)
-            resume.check_config(start, setup.config)
-            resume.check_corpus(start, trainer, setup.loader.fingerprint)
+        if self.start is not None:
+            trainer = resume.read_trainer(self.start)
+            resume.check_config(self.start, setup.config)
+            resume.check_corpus(self.start, trainer, setup.loader.fingerprint)
         self.faults = faults.Faults(setup.faults, rank=self.world.rank, run_dir=setup.run_dir)
-
-        module = self.build_module()
-        optimizer = setup.optimizer.build(module)
-        check = setup.optimizer_check(module)
-        if self.knobs["compile"] == "blocks":
-            module.compile_blocks()
-        elif self.knobs["compile"] == "model":
-            module.compile_model()
-        self.engine = Engine(
-            module,
-            optimizer,
-            zero=setup.zero,
-            world=self.world,
-            device=self.device,
-            micro_batch=setup.micro_batch,
-            step_tokens=self.step_tokens,
-            grad_clip=self.knobs["grad_clip"],
-            check=check,
-            watch=self.watch,
-        )
-        self.meter = Meter(
-            step_tokens=self.step_tokens,
-            flops=setup.flops(),
-            device=self.device,
-            devices=self.world.size,
-        )
+        self.guard = Guard(setup.guard)
+        self.meter = assembly.meter(setup)
+        self.engine = assembly.engine(setup, watchdog)
         self.generators = resume.generators(self.device)  # as they are before the first step
-        self.load(start, fresh=True)
+        self.step = 0
+        if self.start is not None:
+            self.load(self.start)
         self.saved_step = self.first_step = self.step
-        self.course = self.known_course()
-        self.run_id = resume.claim_run_id(setup.run_dir, start, trainer, self.world)
-        self.saver = self.make_saver()
-        self.health = setup.config["health"]
+        self.course = self.known_course(trainer)
+        self.run_id = resume.claim_run_id(setup.run_dir, self.start, trainer, self.world)
+        self.saver = assembly.saver(setup, self.engine, watchdog)
         self.comparison = Comparison(
-            module, self.world, watchdog.ranks, config=setup.config, corpus=setup.loader.fingerprint
-        )
-        self.stragglers = Stragglers(
+            self.engine.module,
             self.world,
             watchdog.ranks,
-            self.device,
-            factor=self.health["straggler_factor"],
-            ends=own_work_ends(setup.zero),
+            config=setup.config,
+            corpus=setup.loader.fingerprint,
         )
-        self.watch.lap = self.stragglers.clock.lap
-        self.held_out = None
-        if setup.held_out is not None:
-            self.held_out = HeldOut(
-                setup.held_out,
-                tokens=self.knobs["val_tokens"],
-                seq_len=setup.plan.seq_len,
-                micro_rows=setup.micro_batch,
-                world=self.world,
-                mask_documents=self.knobs["mask_documents"],
-                device=self.device,
-            )
-        self.log = RunLog(
-            setup.run_dir,
-            writes=self.world.rank == 0,
-            total_steps=setup.plan.steps,
-            tracker=setup.tracker,
-        )
-        facts = {
-            "resumed_from": None if start is None else str(start),
-            **setup.facts(),
-            "deepspeed": self.engine.config,
-        }
-        self.log.start(setup.config, facts, resumed_step=self.step, course=self.course.number)
-        if start is not None:
-            announce_resume(setup.schedule, setup.optimizer.lr, trainer)
-        # Steps whose results the host has not read: it stays one behind a GPU, so as not to wait.
-        self.pending: deque[tuple[int, float, Limits, Pending]] = deque()
-        self.behind = 1 if self.device.type == "cuda" else 0
-        self.stopping = False
+        self.held_out = assembly.held_out(setup)
         self.validated: dict[str, float] = {}
+        self.log = self.open_log()
+        if self.start is not None:
+            announce_resume(setup.schedule, setup.optimizer.lr, trainer)
+        self.stragglers = assembly.stragglers(setup, watchdog)
+        self.results = Results(
+            self.guard,
+            self.meter,
+            self.log,
+            self.stragglers,
+            behind=1 if self.device.type == "cuda" else 0,
+            log_every=self.knobs["log_every"],
+            last_step=setup.plan.steps,
+        )
 
-    def build_module(self) -> TrainModule:
-        """The module as it is before the first step, on the host."""
-        torch.manual_seed(keyed_seed(self.setup.config["seed"], f"rank {self.world.rank}"))
-        return self.setup.build_module()
-
-    def load(self, path: Path | None, *, fresh: bool = False) -> None:
-        """Everything as after the step of a checkpoint; None: as before the first step.
-
-        fresh: it is so before the first step already.
-        """
-        self.guard = Guard(self.setup.guard)
-        self.meter.clear()
-        self.step = 0
-        if path is None:
-            if not fresh:
-                resume.reset(self.engine, self.build_module())
-                resume.set_generators(self.generators, self.device)
-            return
+    def load(self, path: Path) -> None:
+        """Everything as after the step of a checkpoint, whatever was done before."""
         trainer = resume.read_trainer(path)
         resume.set_generators(self.generators, self.device)
         resume.restore(path, self.engine, trainer)
         self.step = trainer["step"]
-        if "guard" in trainer:
-            self.guard.load(trainer["guard"])
+        self.guard.load(trainer.get("guard"))
+        self.meter.clear()
         if "interval" in trainer:
             self.meter.restore(trainer["interval"])
 
-    def known_course(self) -> Course:
+    def start_over(self) -> None:
+        """Everything as before the first step."""
+        resume.reset(self.engine, assembly.module(self.setup))
+        resume.set_generators(self.generators, self.device)
+        self.step = 0
+        self.guard.load(None)
+        self.meter.clear()
+
+    def known_course(self, trainer: dict) -> Course:
         """The course to continue: the checkpoint's, and what the ledger adds to it."""
-        course = Course() if self.start is None else Course.of(resume.read_trainer(self.start))
+        course = Course.of(trainer)
         if self.world.rank == 0:
             stream = self.setup.loader.stream_hash
             course = course.known_to(self.setup.run_dir, self.step, stream=stream, rows=self.rows)
         return distributed.broadcast_object(course, self.world)
 
-    def make_saver(self) -> Saver:
-        """The writer of this run's checkpoints, with its host memory."""
-        corpus, background = self.setup.corpus, self.knobs["async_save"]
-        writer = CheckpointWriter(
+    def open_log(self) -> RunLog:
+        """The logs of the run folder, cut where this start continues."""
+        run_log = RunLog(
             self.setup.run_dir,
-            self.world,
-            config=self.setup.config,
-            keep=self.knobs["keep"],
-            keep_every=self.knobs["keep_every"],
-            vocab_size=self.setup.loader.vocab_size,
-            parameters=self.engine.shapes,
-            corpus_files={name: corpus / name for name in (TOKENIZER_FILE, TOKEN_BYTES_FILE)},
-            group=distributed.side_group(self.world, SAVE_TIMEOUT) if background else None,
+            writes=self.world.rank == 0,
+            total_steps=self.setup.plan.steps,
+            tracker=self.setup.tracker,
         )
-        saver = Saver(
-            writer,
-            background=background,
-            failures=self.knobs["save_failures"],
-            alive=lambda: self.watch.at("save"),
-        )
-        saver.reserve(self.engine.fragments(), resume.generators(self.device))
-        return saver
+        facts = {
+            "resumed_from": None if self.start is None else str(self.start),
+            **self.setup.facts(),
+            "deepspeed": self.engine.config,
+        }
+        run_log.start(self.setup.config, facts, resumed_step=self.step, course=self.course.number)
+        return run_log
 
     def train(self) -> dict:
         """All steps, or those until a signal; then the last checkpoint. Returns the summary."""
         while self.guard.stretch or (self.step < self.setup.plan.steps and not self.stopping):
             if self.guard.stretch:
                 self.roll_back()
-            with self.batches() as batches:
+            with assembly.batches(self.setup, self.course.data, self.step) as batches:
                 self.steps(batches)
-            self.read_results(behind=0)
+            self.results.read()
         self.watch.at("save")
         self.saver.settle()  # ends here, on all ranks, when saves kept failing
         if self.stopping:
@@ -251,20 +182,10 @@ class Run:
         self.report_saves()
         return self.summarise()
 
-    def batches(self) -> Prefetcher:
-        """This rank's micro-batches of the coming steps."""
-        return Prefetcher(
-            self.setup.loader,
-            start_step=self.step,
-            stop_step=self.setup.plan.steps,
-            global_rows=self.rows,
-            rank=self.world.rank,
-            world=self.world.size,
-            micro_rows=self.setup.micro_batch,
-            mask_documents=self.knobs["mask_documents"],
-            data=self.course.data,
-            device=self.device,
-        )
+    @property
+    def stopping(self) -> bool:
+        """Whether some rank was asked to stop, as a step's result told all of them."""
+        return self.results.stopping
 
     def steps(self, batches: Prefetcher) -> None:
         """Steps, validations and checkpoints to the end, a stop, or the need to go back."""
@@ -274,13 +195,13 @@ class Run:
             if self.step == self.first_step + 1:
                 gc.collect()
                 gc.freeze()  # what lives now lives to the end: later collections are short
-            every = self.health["compare_every"]
+            every = self.setup.config["health"]["compare_every"]
             if every and self.step % every == 0:
                 self.compare()
             validates = self.step % self.knobs["val_every"] == 0
             saves = self.step % self.knobs["save_every"] == 0
             if validates or saves:
-                self.read_results(behind=0)  # may find that the run must go back
+                self.results.read()  # may find that the run must go back
             if self.guard.stretch:
                 return
             if validates and not self.stopping:
@@ -297,11 +218,12 @@ class Run:
         began = time.perf_counter()
         self.watch.at("rollback")
         self.saver.settle()
-        self.report_saves()  # they belong to the course that is left
+        self.report_saves()  # of the course that ends here
+        self.saver.latest = None
         path = rollback.choose(run_dir, skips[0].step, self.start, self.world)
         data = self.course.data
         first, end = data.at(skips[0].step - 1), data.at(skips[-1].step - 1) + 1
-        self.load(path)
+        self.start_over() if path is None else self.load(path)
         self.saved_step = self.step
         self.course = self.course.next(first, end)
         self.validated, self.comparison.compared_step = {}, None
@@ -349,47 +271,11 @@ class Run:
         stop = self.stop.requested is not None or self.saver.exhausted
         limits = self.guard.limits(self.step)
         pending = self.engine.update(ratio, stop=stop, limits=limits)
-        self.pending.append((self.step, lr, limits, pending))
         self.faults.after(self.step, self.engine.module)
         self.watch.at("read_results")
-        self.read_results(behind=self.behind)
+        samples = (data_step * self.rows, (data_step + 1) * self.rows)
+        self.results.add(Made(self.step, lr, limits, samples, pending))
         self.report_saves()
-
-    def read_results(self, *, behind: int) -> None:
-        """Take note of all steps but the last `behind`, up to one that sends the run back."""
-        while len(self.pending) > behind:
-            step, lr, limits, pending = self.pending.popleft()
-            result = pending.read()
-            self.stopping |= result.stop
-            reason = self.guard.saw(step, result.code, result.loss, result.grad_norm, limits)
-            data_step = self.course.data.at(step - 1)
-            samples = [data_step * self.rows, (data_step + 1) * self.rows]
-            self.log.step(
-                step,
-                {
-                    "applied": result.applied,
-                    "reason": reason,
-                    "loss": result.loss,
-                    "grad_norm": result.grad_norm,
-                    "lr": lr,
-                    "tokens": result.tokens,
-                    "samples": samples,
-                },
-            )
-            if reason is not None:
-                self.log.say(f"step {step} skipped: {reason}; samples {samples[0]} .. {samples[1]}")
-            self.meter.add(result)
-            if self.guard.stretch:
-                self.pending.clear()  # steps made since then are undone with this one
-                return
-            self.guard.check(step)
-            if step % self.knobs["log_every"] == 0 or step == self.setup.plan.steps:
-                values = {"lr": lr, "tokens": step * self.step_tokens, **self.meter.take()}
-                values |= self.guard.metrics(limits) | {"guard/rollbacks": self.course.number}
-                self.log.interval(step, "train", values)
-                for straggler in self.stragglers.interval(step):
-                    log.warning("step %d: %s", step, straggler)
-                    self.log.health(step, "straggler", straggler.as_dict(), straggler.factor)
 
     def validate(self) -> None:
         """Loss and bits per byte over the held-out rows."""
@@ -458,7 +344,7 @@ class Run:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Time that is not the steps'."""
-        self.read_results(behind=0)
+        self.results.read()
         began = time.perf_counter()
         yield
         self.meter.pause(time.perf_counter() - began)

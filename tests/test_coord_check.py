@@ -80,3 +80,11 @@ def test_report(tmp_path, monkeypatch, capsys):
     assert "| attention | muP |" in text
     assert "| attention | standard | 64 | **" in text
     assert (tmp_path / "check.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_every_arm_is_a_model_at_every_width():
+    for arm in arms.ARMS:
+        for mup in (True, False):
+            config = arms.configuration(arm, 128, mup=mup, lr=1e-2, seed=0, layers=2)
+            assert config["model"]["d_model"] == 128

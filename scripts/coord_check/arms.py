@@ -18,7 +18,7 @@ ARMS |= {
     "hybrid": ["mixer=gated_deltanet", "stack=hybrid", "stack.pattern=ab"],
     "recurrent_depth": [
         *("stack=recurrent_depth", "stack.sampling=fixed", "stack.repeats=2"),
-        "stack.backprop_repeats=null",
+        *("stack.backprop_repeats=null", "stack.prelude=0"),
     ],
     "shared_attention": ["mixer=mamba", "stack=shared_attention", "stack.pattern=ba"],
     "peri": ["stack.norm_position=peri"],

@@ -103,15 +103,13 @@ def rate_table(rows: list[dict]) -> str:
     ]
     keys = dict.fromkeys((r["arm"], r["mup"], r["width"]) for r in rows)
     for arm, mup, width in sorted(keys, key=lambda key: (key[0], not key[1], key[2])):
-        found = {
-            lr: statistics.mean(
-                r["loss"]
-                for r in rows
-                if (r["arm"], r["mup"], r["width"], r["lr"]) == (arm, mup, width, lr)
-            )
-            for lr in rates
-        }
+        found = {}
+        for lr in rates:
+            same = [r for r in rows if (r["arm"], r["mup"], r["width"]) == (arm, mup, width)]
+            if tried := [r["loss"] for r in same if r["lr"] == lr]:
+                found[lr] = statistics.mean(tried)
         best = min(found, key=found.get)
-        cells = (f"**{x:.3f}**" if lr == best else f"{x:.3f}" for lr, x in found.items())
+        shown = {lr: f"**{x:.3f}**" if lr == best else f"{x:.3f}" for lr, x in found.items()}
+        cells = (shown.get(lr, "") for lr in rates)
         lines.append(f"| {arm} | {NAMES[mup]} | {width} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from llmtrain.checkpoint import step_name
+from llmtrain.manifest import step_name
 from llmtrain.slurm import endings
 from llmtrain.slurm.submission import BEGAN, Submission
 

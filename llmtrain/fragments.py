@@ -14,7 +14,9 @@ import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,8 +40,8 @@ BATCH_BYTES = 16 * 2**20
 BATCH_PARTS = 1000
 
 
-@dataclass(frozen=True, kw_only=True, order=True)
-class Piece:
+# Tuples, as there may be a hundred thousand of them.
+class Piece(NamedTuple):
     """A fragment in a file: elements of a flattened tensor from offset on, at byte start."""
 
     offset: int
@@ -47,6 +49,18 @@ class Piece:
     file: str
     start: int
     dtype: torch.dtype
+
+
+class Part(NamedTuple):
+    """Bytes of a file that make up a tensor; dtype: as stored; buffer: the tensor's memory, None
+    if bytes have to be converted or brought to a device."""
+
+    file: str
+    start: int
+    end: int
+    out: Tensor
+    dtype: torch.dtype
+    buffer: memoryview | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +71,6 @@ class Wanted:
     name: str
     offset: int
     out: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Bytes of a file that make up a tensor; dtype: as stored."""
-
-    file: str
-    start: int
-    end: int
-    out: Tensor
-    dtype: torch.dtype
 
 
 def read_header(file: Path) -> Iterator[tuple[str, torch.dtype, int, int]]:
@@ -95,16 +98,14 @@ def read_index(path: Path, manifest: Manifest) -> dict[tuple[str, str], list[Pie
         try:
             for key, dtype, elements, start in read_header(path / file):
                 kind, name, offset = key.split("|")
-                piece = Piece(
-                    offset=int(offset), elements=elements, file=file, start=start, dtype=dtype
-                )
+                piece = Piece(int(offset), elements, file, start, dtype)
                 index.setdefault((kind, name), []).append(piece)
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise BadCheckpoint(
                 f"checkpoint {path}: cannot read {file}: {error}; use another checkpoint"
             ) from error
     for pieces in index.values():
-        pieces.sort(key=lambda piece: (piece.offset, piece.elements))
+        pieces.sort(key=itemgetter(0, 1))
     return index
 
 
@@ -132,6 +133,13 @@ def uncovered(manifest: Manifest, index: dict[tuple[str, str], list[Piece]]) -> 
             if end != math.prod(shape):
                 found.append(f"{kind} of {name}: got {end} elements, expected {math.prod(shape)}")
     return found
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the host."""
+    if tensor.dtype == torch.bfloat16:  # numpy has none
+        tensor = tensor.view(torch.uint8)
+    return memoryview(tensor.detach().numpy()).cast("B")
 
 
 def close_all(descriptors: dict[str, int]) -> None:
@@ -178,7 +186,7 @@ class FragmentReader:
     def read_all(self, wanted: Iterable[Wanted]) -> None:
         """Fill all of these tensors, in the order of the files, by several threads."""
         parts = [part for entry in wanted for part in self.parts(entry)]
-        parts.sort(key=lambda part: (part.file, part.start))
+        parts.sort(key=itemgetter(0, 1))
         batches: list[list[Part]] = []
         for part in parts:
             last = batches[-1] if batches else None
@@ -204,13 +212,13 @@ class FragmentReader:
             for start in range(low, high, step):
                 stop = min(high, start + step)
                 byte = piece.start + (start - piece.offset) * piece.dtype.itemsize
-                yield Part(
-                    file=piece.file,
-                    start=byte,
-                    end=byte + (stop - start) * piece.dtype.itemsize,
-                    out=out[start - offset : stop - offset],
-                    dtype=piece.dtype,
+                end_byte = byte + (stop - start) * piece.dtype.itemsize
+                into = (
+                    out if (start, stop) == (offset, end) else out[start - offset : stop - offset]
                 )
+                direct = out.device.type == "cpu" and out.dtype == piece.dtype
+                buffer = bytes_of(into) if direct and into.is_contiguous() else None
+                yield Part(piece.file, byte, end_byte, into, piece.dtype, buffer)
                 filled += stop - start
         if filled != out.numel():
             raise BadCheckpoint(
@@ -223,11 +231,12 @@ class FragmentReader:
         """Read bytes of a file that follow each other into the tensors of the batch."""
         buffers, copies = [], []
         for part in batch:
-            out = into = part.out
-            if out.device.type != "cpu" or out.dtype != part.dtype or not out.is_contiguous():
-                into = torch.empty(out.shape, dtype=part.dtype)
-                copies.append((out, into))
-            buffers.append(memoryview(into.detach().view(torch.uint8).numpy()))
+            buffer = part.buffer
+            if buffer is None:
+                into = torch.empty(part.out.shape, dtype=part.dtype)
+                copies.append((part.out, into))
+                buffer = bytes_of(into)
+            buffers.append(buffer)
         self.read_bytes(batch[0].file, batch[0].start, buffers)
         for out, into in copies:
             out.copy_(into)

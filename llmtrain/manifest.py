@@ -25,7 +25,7 @@ FORMAT = 2
 READABLE = (1, 2)
 CHUNK_BYTES = 64 * 2**20
 STEP_NAME = re.compile(r"step-(\d{8,})")
-READ_BYTES = 4 * 2**20
+READ_BYTES = 2**20
 THREADS = 8
 
 

@@ -10,6 +10,7 @@ of 64 KiB), all in turn, `repeats` times over:
     dd read     the files of dd write, bs=64M
     load        every rank's share verified (sha256 of every byte), then its fragments read
     load again  the same with the page cache warm: the disk left out
+    sha256      as many bytes hashed in memory: what the processors allow a load, at most
 
 Reads follow a dropped page cache (/proc/sys/vm/drop_caches) where that is permitted; else the
 report says so. Writes bandwidth.json and prints a table of medians.
@@ -26,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -34,13 +36,14 @@ import torch.distributed as dist
 from llmtrain import checkpoint, distributed
 from llmtrain.checkpoint import FragmentReader, Wanted
 from llmtrain.distributed import World, broadcast_object, gather_objects
-from llmtrain.train.checkpoint import CheckpointWriter
+from llmtrain.manifest import CHUNK_BYTES, THREADS
+from llmtrain.train.checkpoint import CheckpointWriter, hash_chunk
 from llmtrain.train.partitions import Fragment
 from llmtrain.train.saving import Saver
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 SMALL = 64 * 2**10 // 4
-MEASURED = ("dd write", "save", "dd read", "load", "load again", "stall")
+MEASURED = ("dd write", "save", "dd read", "load", "load again", "sha256", "stall")
 
 
 def arguments() -> argparse.Namespace:
@@ -143,6 +146,13 @@ class Bench:
             for kind, view in fragment.views.items()
         )
 
+    def hash(self) -> None:
+        """This rank's bytes, by the threads that verify."""
+        memory = memoryview(self.saver.memory.bytes.numpy())
+        with ThreadPoolExecutor(THREADS) as pool:
+            starts = range(0, len(memory), CHUNK_BYTES)
+            list(pool.map(lambda at: hash_chunk(memory[at : at + CHUNK_BYTES]), starts))
+
     def save(self) -> None:
         self.saver.save(self.step, self.fragments, {}, {"step": self.step})
         self.stall = self.saver.latest.stall_seconds
@@ -166,6 +176,7 @@ class Bench:
                 view.zero_()
         seconds["load"] = self.timed(self.load)
         seconds["load again"] = self.timed(self.load)
+        seconds["sha256"] = self.timed(self.hash)
         assert before == [view.sum() for f in self.fragments[:4] for view in f.views.values()]
         written.unlink()
         return {name: self.bytes / took for name, took in seconds.items()} | {"stall": self.stall}
@@ -204,14 +215,14 @@ def work(options: argparse.Namespace) -> None:
 
 
 def table(results: list[dict]) -> str:
-    titles = "ranks | fragments | dd write | save | ratio | dd read | load | ratio | warm | stall"
-    rows = [f"| {titles} |", "|" + "---|" * 10]
+    titles = "ranks | fragments | dd write | save | ratio | dd read | load | ratio | warm | sha256"
+    rows = [f"| {titles} | stall |", "|" + "---|" * 11]
     for r in results:
         rates = {name: f"{r[name] / 1e6:,.0f} MB/s" for name in MEASURED}
         rows.append(
             f"| {r['ranks']} | {r['fragments']} | {rates['dd write']} | {rates['save']} | "
             f"{r['save / dd']:.0%} | {rates['dd read']} | {rates['load']} | {r['load / dd']:.0%} | "
-            f"{rates['load again']} | {r['stall']:.2f} s |"
+            f"{rates['load again']} | {rates['sha256']} | {r['stall']:.2f} s |"
         )
     return "\n".join(rows)
 

@@ -1,7 +1,7 @@
 """Whole guarded trainings on the ranks of torchrun: guard_worker.py OUT OVERRIDE...
 
 OUT/guarded-<stage>: a run with faults; OUT/lacking-<stage>: as many applied steps on a data order
-that never contained what was skipped or passed over, which are the arguments after "lacking".
+that never contained what was skipped or passed over.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ def main() -> None:
     plain = [entry for entry in overrides if entry not in faults]
 
     def configure(name: str, *more: str) -> dict:
-        return compose("train", [*plain, f"run_dir={out / name}", *more])
+        fixed = [*plain, "train.val_every=99", f"run_dir={out / name}"]
+        return compose("train", [*fixed, *more])
 
-    for stage in ("zero0", "zero1", "zero2", "zero3"):
+    for stage in ("zero0", "zero2", "zero3"):
         chosen = f"deepspeed={stage}"
         train(configure(f"guarded-{stage}", chosen, *faults))
         with pytest.MonkeyPatch.context() as patch:

@@ -135,9 +135,10 @@ def test_train_sbatch():
         "--requeue",
         "--signal=B:USR2@300",
     ]
-    assert lines[-3:] == [
-        "module load cuda",
-        "export A=$HOME",
+    assert lines[-5:-3] == ["module load cuda", "export A=$HOME"]
+    # after lines that may set it too
+    assert lines[-2].startswith("export PYTHONPATH='/runs/a run/code' ")
+    assert lines[-1:] == [
         "exec /venv/bin/python -m llmtrain.slurm.batch '/runs/a run/slurm/1'",
     ]
 
@@ -147,7 +148,7 @@ def test_templates_hold_no_logic():
     for file in template.folder().glob("*.sbatch"):
         lines = [line for line in file.read_text().splitlines() if line and line[0] != "#"]
         kinds = [line.split()[0] for line in lines]
-        assert kinds == ["{options}", "export", "{environment}", "exec"], file
+        assert kinds == ["{options}", "{environment}", "export", "exec"], file
 
 
 def test_rendered_files_are_good_shell(tmp_path):

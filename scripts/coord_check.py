@@ -49,7 +49,10 @@ def read(file: Path) -> list[dict]:
 
 def append(file: Path, rows: list[dict]) -> None:
     with file.open("a") as out:
-        out.writelines(json.dumps(row) + "\n" for row in rows)
+        for row in rows:
+            measured = {k: x for k, x in row.items() if type(x) is float and k != "lr"}
+            short = {k: float(f"{x:.4g}") for k, x in measured.items()}
+            out.write(json.dumps(row | short) + "\n")
 
 
 def check(options: argparse.Namespace, file: Path) -> None:

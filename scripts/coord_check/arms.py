@@ -12,6 +12,7 @@ BASE, HEAD = 64, 16  # width of the base, and of its heads
 VOCAB = 64
 MIXERS = sorted(file.stem for file in (ROOT / "configs" / "mixer").glob("*.yaml"))
 ARMS: dict[str, list[str]] = {name: [f"mixer={name}"] for name in MIXERS}
+ARMS["sliding_window"] += ["mixer.window=8"]  # of 32 tokens
 ARMS |= {
     "moe": ["channel=moe", "channel.n_experts=4"],
     "moe_fixed_experts": ["channel=moe", "channel.n_experts=4", "channel.hidden=50"],

@@ -81,8 +81,7 @@ def figure(rows: list[dict], file: Path) -> None:
             axis.set_xticks(widths := sorted({r["width"] for r in rows}), map(str, widths))
             axis.minorticks_off()
     axes[0, 1].legend(fontsize=6, bbox_to_anchor=(1.02, 1), loc="upper left")
-    plt.tight_layout()
-    plt.savefig(file, dpi=110)
+    plt.savefig(file, dpi=90, bbox_inches="tight")
     plt.close()
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from llmtrain.config import compose
+from llmtrain.exits import RunFailed
 from llmtrain.train.engine import Engine
 from llmtrain.train.loop import train
 
@@ -31,7 +32,8 @@ def main() -> None:
     close = Engine.close
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "close", lambda engine: (engines.append(engine), close(engine)))
-        train(configure("flip", "deepspeed=zero0", "guard.inject=[flip_weight@12:rank1]"))
+        with pytest.raises(RunFailed, match="rank"):  # found before the last save
+            train(configure("flip", "deepspeed=zero0", "guard.inject=[flip_weight@12:rank1]"))
     weights = {name: p.detach().clone() for name, p in engines[0].module.named_parameters()}
     torch.save(weights, out / f"weights-rank{RANK}.pt")
     began = time.perf_counter()

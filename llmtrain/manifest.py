@@ -210,21 +210,22 @@ def damaged(
         if chunk.file not in skip and int(middle * size / max(whole, 1)) == rank:
             share.append(chunk)
         position += chunk.size
-    found: dict[str, str] = {}
 
-    def check(chunk: Chunk) -> None:
+    def check(chunk: Chunk) -> str | None:
         try:
             digest = hash_range(path / chunk.file, chunk.start, chunk.size)
         except OSError as error:
-            found.setdefault(chunk.file, f"cannot read {chunk.file}: {error}")
-            return
-        if digest != chunk.sha256:
-            found.setdefault(
-                chunk.file,
-                f"{chunk.file} is damaged: got sha256 {digest[:12]}..., expected "
-                f"{chunk.sha256[:12]}... in its bytes {chunk.start} to {chunk.start + chunk.size}",
-            )
+            return f"cannot read {chunk.file}: {error}"
+        if digest == chunk.sha256:
+            return None
+        return (
+            f"{chunk.file} is damaged: got sha256 {digest[:12]}..., expected "
+            f"{chunk.sha256[:12]}... in its bytes {chunk.start} to {chunk.start + chunk.size}"
+        )
 
+    found: dict[str, str] = {}
     with ThreadPoolExecutor(THREADS) as pool:  # reading and hashing release the interpreter lock
-        list(pool.map(check, share))
+        for chunk, wrong in zip(share, pool.map(check, share)):
+            if wrong is not None:
+                found.setdefault(chunk.file, wrong)  # the first of a file, in the order of bytes
     return found

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SCRIPT = """#!/bin/bash
 #SBATCH --partition=low --nodes=2 --ntasks-per-node=1 --requeue --open-mode=append

@@ -202,11 +202,10 @@ def test_trainer_that_forgets_a_moment_is_noticed(soak, tmp_path):
     """The optimizer's first moments are not restored: the twin is another run."""
     forgets = """
 import llmtrain.checkpoint as checkpoint
-read = checkpoint.FragmentReader.read
-def forgetful(self, kind, *rest):
-    if kind != "exp_avg":
-        read(self, kind, *rest)
-checkpoint.FragmentReader.read = forgetful
+read_all = checkpoint.FragmentReader.read_all
+def forgetful(self, wanted):
+    read_all(self, [each for each in wanted if each.kind != "exp_avg"])
+checkpoint.FragmentReader.read_all = forgetful
 """
     path = [str(SCRIPTS.parent / part) for part in ("", "kernels", "data_prep", "eval")]
     typed = ["kill", "--out", tmp_path, "--work", tmp_path / "work"]

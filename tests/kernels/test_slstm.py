@@ -195,16 +195,16 @@ def test_cost_is_what_the_loop_multiplies():
     [
         (("cuda", torch.bfloat16, 128), None),
         (("cuda", torch.float32, 16), None),
-        (("cuda", torch.float64, 64), "they compute in float32, not float64"),
+        (("cuda", torch.float64, 64), "they take float32, bfloat16 and float16, not float64"),
         (("cuda", torch.float32, 48), "they take heads of width 16, 32, 64, 128, not 48"),
         (("cpu", torch.float32, 64), "they run on cuda, not cpu"),
     ],
 )
 def test_where_the_kernels_can_run(monkeypatch, case, reason):
-    monkeypatch.setattr(op, "HAS_TRITON", True)
+    monkeypatch.setattr(op.triton_backend, "HAS_TRITON", True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert op.unsupported(*case) == reason
-    monkeypatch.setattr(op, "HAS_TRITON", False)
+    monkeypatch.setattr(op.triton_backend, "HAS_TRITON", False)
     assert op.unsupported(*case) == "triton is not installed; pip install triton"
     with pytest.raises(ValueError, match=r"backend='triton'.*triton is not installed; pip install"):
         select_backend("triton", *case)
@@ -212,19 +212,19 @@ def test_where_the_kernels_can_run(monkeypatch, case, reason):
 
 def test_auto_takes_the_kernels_on_a_gpu_alone_and_says_so_once(monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(op, "HAS_TRITON", True)
-    op.choice.cache_clear()
+    monkeypatch.setattr(op.triton_backend, "HAS_TRITON", True)
+    op.triton_backend.automatic.cache_clear()
     for _ in range(2):
         assert select_backend("auto", "cuda", torch.bfloat16, 64) == "triton"
         assert select_backend("auto", "cuda", torch.float32, 48) == "loop"
         assert select_backend("auto", "cpu", torch.float32, 64) == "loop"
     found = [(record.levelname, record.message) for record in caplog.records]
     assert found == [
-        ("INFO", "slstm: triton on cuda (one launch for all tokens)"),
+        ("INFO", "slstm: triton on cuda (fused)"),
         ("WARNING", "slstm: loop on cuda (they take heads of width 16, 32, 64, 128, not 48)"),
         ("INFO", "slstm: loop on cpu (they run on cuda, not cpu)"),
     ]
-    op.choice.cache_clear()
+    op.triton_backend.automatic.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -1,28 +1,20 @@
 """The sLSTM's Triton kernels: as Triton's interpreter runs them on a CPU (in a process of its own),
 compiled for a GPU that need not be there, and on a GPU."""
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
+from collections import defaultdict
 
-import numpy as np
 import pytest
 import torch
 from llmtrain_kernels.slstm import slstm
 from llmtrain_kernels.slstm.persistent import LOW, RESIDENT, WARPS, arranged, outer_products
+from offline import DEVICE, INTERPRETED, compile_for_hopper, hosts, run_in_interpreter, runs
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 LONG = 6 if INTERPRETED else 129
 SHAPES = [(2, 1, 16), (3, LONG, 16), (17, 4, 32), (3, LONG, 64), (2, 3, 128)]  # B, T, V
 SHAPES += [] if INTERPRETED else [(1, LONG, 32), (33, LONG, 64), (17, LONG, 128)]
 EXTREME = torch.tensor([-3e38, -1e4, -100.0, 0.0, 100.0, 1e4, 3e38])
-runs = pytest.mark.filterwarnings("ignore") if INTERPRETED else pytest.mark.gpu
-hosts = pytest.mark.skipif(INTERPRETED, reason="nothing that runs a kernel")
 
 
 def random(*shape, seed):
@@ -66,19 +58,7 @@ def errors(got, expected):
 
 @hosts
 def test_in_the_interpreter():
-    """The tests of this file that run kernels, on the CPU."""
-    major_minor = [tuple(map(int, m.__version__.split(".")[:2])) for m in (triton, np)]
-    if major_minor[0] < (3, 7) and major_minor[1] >= (2, 4):
-        pytest.skip("before Triton 3.7 its interpreter has no loops to a variable with NumPy 2.4")
-    ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert ran.returncode == 0, ran.stdout
-    assert int(re.search(r"(\d+) passed", ran.stdout).group(1)) > 20
+    run_in_interpreter(__file__, at_least=20)
 
 
 @runs
@@ -231,32 +211,10 @@ def test_outer_products(pairs):
     torch.testing.assert_close(outer_products(before, dx), expected)
 
 
-def compiled(kernel, width, **options):
-    """The kernel for compute capability 9.0, and the program that reads its facts."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    constants = {"V": width, "W": WARPS[width], "RESIDENT": width <= RESIDENT, **options}
-    types = {"p_r": "*fp16", "p_starts": "*i1", "B": "i32", "T": "i32", "H": "i32"}
-    signature = {
-        p.name: "constexpr" if p.name in constants else types.get(p.name, "*fp32")
-        for p in kernel.params
-    }
-    aligned = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
-    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    source = ASTSource(kernel, signature, constants, attributes)
-    choices = {"num_warps": WARPS[width], "num_stages": 1}
-    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=choices)
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not tool.exists():
-        pytest.skip("this triton has no cuobjdump")
-    return binary, tool
-
-
 @hosts
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize(("width", "spills"), [(16, 0), (32, 0), (64, 0), (128, 32)])
-def test_registers_suffice(tmp_path, width, spills, documents):
+def test_registers_suffice(width, spills, documents):
     """On an H100 the kernels keep what they work with in registers, but for a few addresses at
     V = 128, and threads exchange h alone, or the gradients of gates and their size: loads and
     stores have the layout of products. A barrier before an exchange, one in it."""
@@ -264,9 +222,12 @@ def test_registers_suffice(tmp_path, width, spills, documents):
 
     forward = {"EXPONENTIAL": False, "SAVE": True}
     for kernel, barriers, options in ((slstm_fwd_kernel, 2, forward), (slstm_bwd_kernel, 11, {})):
-        binary, tool = compiled(kernel, width, DOCUMENTS=documents, **options)
-        file = tmp_path / "kernel.cubin"
-        file.write_bytes(binary.asm["cubin"])
-        said = subprocess.run([tool, "-res-usage", file], capture_output=True, text=True).stdout
-        assert int(re.search(r"STACK:(\d+)", said).group(1)) <= spills
-        assert binary.asm["ptx"].count("bar.sync") <= barriers
+        sizes = {"V": width, "W": WARPS[width], "RESIDENT": width <= RESIDENT}
+        facts = compile_for_hopper(
+            kernel,
+            defaultdict(lambda: "*fp32", p_r="*fp16", p_starts="*i1", B="i32", T="i32", H="i32"),
+            {**sizes, "DOCUMENTS": documents, **options},
+            num_warps=WARPS[width],
+        )
+        assert facts.spilled <= spills
+        assert facts.ptx.count("bar.sync") <= barriers

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import logging
-import os
-from importlib.util import find_spec
 from operator import index
 
 import torch
 from torch import Tensor
 
+from llmtrain_kernels import triton_backend
 from llmtrain_kernels.checks import check_backend, check_choice, check_state
 from llmtrain_kernels.cost import Cost
 from llmtrain_kernels.slstm.loop import loop
 from llmtrain_kernels.slstm.persistent import WARPS, persistent
 from llmtrain_kernels.slstm.reference import State, reference
 
-log = logging.getLogger(__name__)
-
-HAS_TRITON = find_spec("triton") is not None
 RUN = {"triton": persistent, "loop": loop, "reference": reference}
 BACKENDS = tuple(RUN)
 FORGET_GATES = ("sigmoid", "exp")
@@ -61,45 +55,16 @@ def slstm(
 def select_backend(requested: str, device: str, dtype: torch.dtype, v_width: int) -> str:
     """The backend that runs heads of this width. Plain values in and out: under torch.compile it
     runs while tracing. ValueError when the requested one cannot run."""
-    if requested not in ("auto", "triton"):
-        return requested
     why_not = unsupported(device, dtype, v_width)
-    if requested == "auto":
-        return choice(device, why_not)
-    if why_not is not None:
-        raise ValueError(
-            f"slstm: got backend='triton', expected one that can run, as of its kernels {why_not}; "
-            "set backend to auto or loop"
-        )
-    return requested
-
-
-@functools.cache
-def choice(device: str, why_not: str | None) -> str:
-    """What auto takes; the first time for a situation, it is logged with its reason."""
-    chosen = "triton" if device == "cuda" and why_not is None else "loop"
-    level = logging.WARNING if device == "cuda" and chosen == "loop" else logging.INFO
-    reason = "one launch for all tokens" if chosen == "triton" else why_not or "made for a GPU"
-    log.log(level, "slstm: %s on %s (%s)", chosen, device, reason)
-    return chosen
+    return triton_backend.select("slstm", requested, device, why_not, "loop")
 
 
 def unsupported(device: str, dtype: torch.dtype, v_width: int) -> str | None:
     """Why the kernels cannot run, or None."""
-    if not HAS_TRITON:
-        return "triton is not installed; pip install triton"
-    if device != "cuda" and not (device == "cpu" and interpreted()):
-        return f"they run on cuda, not {device}"
-    if torch.promote_types(dtype, torch.float32) != torch.float32:
-        return f"they compute in float32, not {str(dtype).removeprefix('torch.')}"
-    if v_width not in WARPS:
-        return f"they take heads of width {', '.join(map(str, WARPS))}, not {v_width}"
-    return None
-
-
-def interpreted() -> bool:
-    """Whether Triton's interpreter runs kernels on the CPU, for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    why_not = triton_backend.unavailable(device, dtype)
+    if why_not is None and v_width not in WARPS:
+        why_not = f"they take heads of width {', '.join(map(str, WARPS))}, not {v_width}"
+    return why_not
 
 
 def check(

@@ -27,7 +27,7 @@ quickstart-fresh: $(STAMP) ## the main job, from the start again
 	$(BIN)/python scripts/quickstart.py --restart $(ARGS)
 
 test: $(STAMP) ## the CPU test suite
-	$(PYTEST) -m "not slow and not gpu and not multi_gpu" $(ARGS)
+	$(PYTEST) -m "not slow and not gpu and not multi_gpu and not slurm" $(ARGS)
 
 test-slow: $(STAMP) ## the long matrices
 	$(PYTEST) -m "slow and not gpu and not multi_gpu and not slurm" --timeout 1800 $(ARGS)

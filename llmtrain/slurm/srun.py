@@ -15,6 +15,7 @@ from llmtrain.slurm import cluster
 
 # Below what Linux gives to outgoing connections (32768 and up), which come between probe and use.
 FIRST_PORT, PORTS = 20000, 12000
+APART = 97  # of the ports that a job tries: jobs that start at once have neighbouring numbers
 # What the shell of the job may have of an older life.
 FOREIGN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 # Seconds: between ending a step and asking again; before srun can pass on a signal; between two.
@@ -101,7 +102,7 @@ def meeting_point(node: str) -> tuple[str, int]:
         address = match.group(1) if match else address
     wanted = int(os.environ["SLURM_JOB_ID"]) % PORTS
     for offset in range(100):
-        port = FIRST_PORT + (wanted + offset) % PORTS
+        port = FIRST_PORT + (wanted + APART * offset) % PORTS
         with socket.socket() as probe:
             try:
                 probe.bind(("", port))

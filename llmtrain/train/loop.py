@@ -97,6 +97,8 @@ class Run:
         self.course = self.known_course(trainer)
         self.run_id = resume.claim_run_id(setup.run_dir, self.start, trainer, self.world)
         self.saver = assembly.saver(setup, self.engine, watchdog)
+        self.saver.writer.retention.suspect = self.guard.suspect
+        self.saver.writer.delete_old(self.step)  # of which a kill may have kept the last start
         self.comparison = Comparison(
             self.engine.module,
             self.world,

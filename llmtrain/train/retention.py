@@ -48,15 +48,18 @@ class Retention:
         return True
 
     def apply(self, step: int) -> None:
-        """Delete what is older than the `keep` newest good ones up to a step, just written.
+        """Delete what is older than the `keep` newest good ones up to a step, written or read.
 
-        Nothing goes while there are fewer. A failure to delete is told, and tried again next time.
+        Nothing goes, and nothing is read, while there are not more. A failure to delete is told,
+        and tried again next time.
         """
         good, suspect = 0, self.suspect
         sound = suspect is None  # one from before the suspected steps is kept
-        for at, path in reversed(list_checkpoints(self.run_dir)):
-            if at > step:  # of a course that was left
-                continue
+        # later ones are of a course that was left
+        found = [(at, path) for at, path in list_checkpoints(self.run_dir) if at <= step]
+        if len(found) <= self.keep:
+            return
+        for at, path in reversed(found):
             before = suspect is None or at < suspect
             if good < self.keep or (before and not sound):
                 is_good = self.is_good(path)

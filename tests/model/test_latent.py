@@ -33,7 +33,8 @@ def test_mix_is_splitmix64():
 @pytest.mark.parametrize("seeded", [False, True])
 def test_distribution(seeded):
     positions_BT = torch.arange(500).expand(2, 500)
-    keys = token_keys(torch.tensor(5), positions_BT) if seeded else position_keys(positions_BT)
+    seeds_B = torch.tensor([5, 6])
+    keys = token_keys(seeds_B, 500) if seeded else position_keys(positions_BT)
     noise = truncated_normal(keys, 200, dtype=torch.float64)
     assert noise.abs().max() <= 3.0
     assert noise[0].mean().abs() < 4 / 100_000**0.5
@@ -56,6 +57,5 @@ def test_a_part_of_a_row_has_the_values_of_the_whole():
 
 
 def test_seeds_differ():
-    positions = torch.arange(4)[None]
-    keys = [token_keys(torch.tensor(seed), positions) for seed in (0, 1, 2**62)]
+    keys = [token_keys(torch.tensor([seed]), 4) for seed in (0, 1, 2**62)]
     assert len({tuple(key[0].tolist()) for key in keys}) == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -202,6 +203,16 @@ def test_finished_run_started_again_adds_nothing(configure, tmp_path):
     kinds = [(line["step"], line["kind"]) for line in lines(tmp_path / "run", "metrics")]
     assert kinds.count((STEPS, "val")) == 1
     assert len(kinds) == len(set(kinds))
+
+
+def test_start_deletes_what_a_kill_kept_the_last_one_from_deleting(configure, tmp_path):
+    config = configure("run", "train.keep=1")
+    train(config)
+    last = checkpoint.newest_good(tmp_path / "run")
+    shutil.copytree(last, last.with_name("step-00000001"))
+    assert steps_of(tmp_path / "run") == [1, STEPS]
+    train(config)
+    assert steps_of(tmp_path / "run") == [STEPS]
 
 
 def test_interval_that_a_restart_falls_into_is_averaged_whole(configure, tmp_path):

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -75,7 +76,9 @@ class Disk:
 def save(bad: bool) -> None:
     """Wait for a save in the background, as the loop does."""
     saver = Saver(Disk(dead=bad), background=True, failures=1)
-    saver.thread = threading.Thread(target=saver.write, args=(Save(step=STEPS), None, None, {}))
+    saver.source = SimpleNamespace(number=0)  # chunks that the writer took
+    arguments = (Save(step=STEPS), None, saver.source, {})
+    saver.thread = threading.Thread(target=saver.write, args=arguments)
     saver.thread.start()
     saver.settle()
 

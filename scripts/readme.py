@@ -1,7 +1,8 @@
-"""Writes the parts of README.md that follow from the files: groups, mixers, channels, stacks, tree.
+"""Writes the parts of README.md that follow from the files: groups, mixers, channels, stacks, tree;
+and the measured times in kernels/README.md, from the newest results/*/kernels.json.
 
     python scripts/readme.py           write them
-    python scripts/readme.py --check   exit 1 when README.md is not up to date (tests/test_docs.py)
+    python scripts/readme.py --check   exit 1 when one is not up to date (tests/test_docs.py)
 
 Each part stands between <!-- name --> and <!-- /name -->. The equations in the tables are written
 by hand and kept.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -22,7 +24,7 @@ from llmtrain.config import compose
 from llmtrain.model.language_model import LanguageModel
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+README, KERNELS = ROOT / "README.md", ROOT / "kernels" / "README.md"
 SHOWN_MODEL, SHOWN_TOKENS = "gpt_124m", 8192
 WITHOUT_EQUATION = "(write the equation here)"
 
@@ -181,14 +183,56 @@ def renewed(text: str) -> str:
     return text
 
 
+def measured(folder: Path) -> list[str]:
+    """A line a kernel and shape of a benchmark's results (llmtrain_kernels/bench/harness.py)."""
+    machine = json.loads((folder / "machine.json").read_text(encoding="utf-8"))
+    rows = json.loads((folder / "kernels.json").read_text(encoding="utf-8"))
+    copied, multiplied = machine["bytes_per_second"], machine["flops_per_second"]
+    lines = [
+        f"One {machine['device']}, torch {machine['torch']}: a copy moves {copied / 1e12:.2f} "
+        f"TB/s, a bfloat16 product does {multiplied / 1e12:.0f} TFLOP/s; "
+        f"[{folder.name}](../results/{folder.name}).",
+        "",
+        "| kernel | shape | forward, ms | of floor | with backward, ms | of floor | "
+        "best peer | extra MiB | error, best peer's |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ours, peers = row["ours"], [p for p in row["peers"].values() if "error" not in p]
+        if "error" in ours:
+            raise ValueError(f"{folder}: got an error of {row['kernel']}, expected times")
+        cells = [row["kernel"], row["shape"]]
+        for key in ("fwd_ms", "fwdbwd_ms"):
+            cells += [f"{ours[key]:.3f}", f"{row['floor'][key] / ours[key]:.0%}"]
+        best = [min((p[key] for p in peers), default=None) for key in ("fwd_ms", "fwdbwd_ms")]
+        cells.append(" / ".join("-" if ms is None else f"{ms:.3f}" for ms in best))
+        cells.append(f"{ours['extra_mib']:.0f}" if "extra_mib" in ours else "")
+        least = min((p["rel_err"] for p in peers), default=None)
+        errors = [ours["rel_err"], *([] if least is None else [least])]
+        cells.append(", ".join(f"{error:.1e}" for error in errors))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def renewed_kernels(text: str) -> str:
+    """kernels/README.md's text with its measured times written anew."""
+    found = sorted(file.parent for file in ROOT.glob("results/*/kernels.json"))
+    lines = measured(found[-1]) if found else ["Not measured yet."]
+    before, _, rest = text.partition("<!-- measured -->\n")
+    _, end, after = rest.partition("<!-- /measured -->")
+    return before + "<!-- measured -->\n\n" + "\n".join(lines) + "\n\n" + end + after
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    text = README.read_text(encoding="utf-8")
-    new = renewed(text)
-    if parser.parse_args().check:
-        return int(new != text)
-    README.write_text(new, encoding="utf-8")
+    check = parser.parse_args().check
+    for file, renew in ((README, renewed), (KERNELS, renewed_kernels)):
+        text = file.read_text(encoding="utf-8")
+        new = renew(text)
+        if check and new != text:
+            return 1
+        file.write_text(new, encoding="utf-8")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -67,6 +68,25 @@ def test_generated_parts_are_current():
     assert readme.WITHOUT_EQUATION not in text
     for name in ("groups", "mixers", "channels", "stacks", "tree"):
         assert text.count(f"<!-- {name} -->") == text.count(f"<!-- /{name} -->") == 1
+    kernels = readme.KERNELS.read_text(encoding="utf-8")
+    assert readme.renewed_kernels(kernels) == kernels
+
+
+def test_measured_times_of_kernels(tmp_path):
+    machine = {"device": "G", "torch": "2", "bytes_per_second": 3e12, "flops_per_second": 7e14}
+    times = {"fwd_ms": 0.1, "fwdbwd_ms": 0.4, "extra_mib": 64.4, "rel_err": 2e-3}
+    row = {
+        "kernel": "rms_norm",
+        "shape": "N2 D4",
+        "ours": times,
+        "peers": {"a": {**times, "fwd_ms": 0.2}, "b": {"error": "absent"}},
+        "floor": {"fwd_ms": 0.09, "fwdbwd_ms": 0.3},
+    }
+    (tmp_path / "machine.json").write_text(json.dumps(machine))
+    (tmp_path / "kernels.json").write_text(json.dumps([row]))
+    *_, line = readme_module().measured(tmp_path)
+    shown = "0.100 | 90% | 0.400 | 75% | 0.200 / 0.400 | 64 | 2.0e-03, 2.0e-03"
+    assert line == f"| rms_norm | N2 D4 | {shown} |"
 
 
 def test_make_targets_in_the_readme_exist():

@@ -4,6 +4,7 @@ pass: the angles, which all layers share."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import index
 
 import torch
 from torch import Tensor
@@ -33,12 +34,14 @@ def run(
     cos_BTR: Tensor,
     sin_BTR: Tensor,
     interleaved: bool,
-    last: bool,
+    q_start: int,
+    k_start: int,
     inverse: bool,
     config: Mapping[str, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(q, k) turned, k empty if there is none. config: of the launch; None for the pinned one,
-    chosen by R. inverse: turn by the negative angles."""
+    chosen by R. q_start, k_start: the first dimension that turns. inverse: by the negative
+    angles."""
     from llmtrain_kernels.rope.kernels import rope_kernel
 
     q_out, k_out = outputs(q_BTHK, k_BTGK)
@@ -68,9 +71,10 @@ def run(
             G=groups,
             Q_WIDTH=q_width,
             K_WIDTH=k_width,
+            Q_START=q_start,
+            K_START=k_start,
             R=half,
             INTERLEAVED=interleaved,
-            LAST=last,
             INVERSE=inverse,
             TOKENS=per_tile,
             HEADS=heads_a_tile,
@@ -92,14 +96,15 @@ def turned(
     cos_BTR: Tensor,
     sin_BTR: Tensor,
     interleaved: bool,
-    last: bool,
+    q_start: int,
+    k_start: int,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
-    return run(q_BTHK, k_BTGK, cos_BTR, sin_BTR, interleaved, last, inverse)
+    return run(q_BTHK, k_BTGK, cos_BTR, sin_BTR, interleaved, q_start, k_start, inverse)
 
 
 @turned.register_fake
-def _(q_BTHK, k_BTGK, cos_BTR, sin_BTR, interleaved, last, inverse):
+def _(q_BTHK, k_BTGK, cos_BTR, sin_BTR, interleaved, q_start, k_start, inverse):
     return outputs(q_BTHK, k_BTGK)
 
 
@@ -112,18 +117,18 @@ def setup_context(ctx, inputs, output) -> None:
 
 def gradients(ctx, dq_BTHK, dk_BTGK):
     """Turned back, both in one launch; angles have none."""
-    interleaved, last, inverse = ctx.options
-    how = (*ctx.saved_tensors, interleaved, last, not inverse)
+    interleaved, q_start, k_start, inverse = ctx.options
+    cos_BTR, sin_BTR = ctx.saved_tensors
+    angles = cos_BTR, sin_BTR, interleaved
     if not ctx.has_keys:
         dk_BTGK = None
-    both = dq_BTHK, dk_BTGK
     if dq_BTHK is not None and dk_BTGK is not None:
-        both = turned(dq_BTHK, dk_BTGK, *how)
+        dq_BTHK, dk_BTGK = turned(dq_BTHK, dk_BTGK, *angles, q_start, k_start, not inverse)
     elif dq_BTHK is not None:
-        both = turned(dq_BTHK, None, *how)[0], None
+        dq_BTHK, _ = turned(dq_BTHK, None, *angles, q_start, 0, not inverse)
     elif dk_BTGK is not None:
-        both = None, turned(dk_BTGK, None, *how)[0]
-    return *both, None, None, None, None, None
+        dk_BTGK, _ = turned(dk_BTGK, None, *angles, k_start, 0, not inverse)
+    return dq_BTHK, dk_BTGK, None, None, None, None, None, None
 
 
 turned.register_autograd(gradients, setup_context=setup_context)
@@ -136,8 +141,12 @@ def fused(
     sin_BTR: Tensor,
     *,
     interleaved: bool = False,
-    last: bool = False,
+    part: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(q, k), turned. Arguments as rope()."""
-    q_out, k_out = turned(q_BTHK, k_BTGK, cos_BTR, sin_BTR, interleaved, last, False)
+    q_start, k_start = (
+        0 if part is None or x is None else index(x.shape[-1]) - part for x in (q_BTHK, k_BTGK)
+    )
+    how = (interleaved, q_start, k_start, False)
+    q_out, k_out = turned(q_BTHK, k_BTGK, cos_BTR, sin_BTR, *how)
     return q_out, None if k_BTGK is None else k_out

@@ -20,6 +20,16 @@ def turn(b_a, b_b, b_cos, b_sin):
 
 
 @triton.jit
+def copy(p_from, p_to, m_head, START: tl.constexpr, WIDTH: tl.constexpr):
+    """Dimensions [START, START + WIDTH) as they are."""
+    if WIDTH > 0:
+        o_col = tl.arange(0, triton.next_power_of_2(WIDTH))[None, :]
+        mask = m_head & (o_col < WIDTH)
+        b_x = tl.load(p_from + START + o_col, mask=mask, other=0.0)
+        tl.store(p_to + START + o_col, b_x, mask=mask)
+
+
+@triton.jit
 def turn_heads(
     p_x,
     p_y,
@@ -30,15 +40,14 @@ def turn_heads(
     b_sin,
     COUNT: tl.constexpr,
     K: tl.constexpr,
+    START: tl.constexpr,
     R: tl.constexpr,
     HEADS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    LAST: tl.constexpr,
 ):
-    """COUNT heads of width K of every token. p_x, p_y: [N, 1] where the tokens begin."""
+    """COUNT heads of width K of every token, of which [START, START + 2 R) turns. p_x, p_y: [N, 1]
+    where the tokens begin."""
     WIDE: tl.constexpr = triton.next_power_of_2(R)
-    REST: tl.constexpr = K - 2 * R
-    START: tl.constexpr = REST if LAST else 0
     dtype = p_y.dtype.element_ty
     o_half = tl.arange(0, WIDE)[None, :]
     o_pairs = tl.arange(0, 2 * WIDE)[None, :]
@@ -60,12 +69,8 @@ def turn_heads(
             b_a, b_b = turn(b_a, b_b, b_cos, b_sin)
             tl.store(p_to + START + o_half, b_a.to(dtype), mask=mask)
             tl.store(p_to + START + R + o_half, b_b.to(dtype), mask=mask)
-        if REST > 0:
-            OTHER: tl.constexpr = 0 if LAST else 2 * R
-            o_rest = tl.arange(0, triton.next_power_of_2(REST))[None, :]
-            mask = m_head & (o_rest < REST)
-            b_rest = tl.load(p_from + OTHER + o_rest, mask=mask, other=0.0)
-            tl.store(p_to + OTHER + o_rest, b_rest, mask=mask)
+        copy(p_from, p_to, m_head, 0, START)
+        copy(p_from, p_to, m_head, START + 2 * R, K - START - 2 * R)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -91,10 +96,11 @@ def rope_kernel(
     G: tl.constexpr,
     Q_WIDTH: tl.constexpr,
     K_WIDTH: tl.constexpr,
+    Q_START: tl.constexpr,
+    K_START: tl.constexpr,
     R: tl.constexpr,
     # options
     INTERLEAVED: tl.constexpr,
-    LAST: tl.constexpr,
     INVERSE: tl.constexpr,
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -122,10 +128,10 @@ def rope_kernel(
         b_sin,
         H,
         Q_WIDTH,
+        Q_START,
         R,
         HEADS,
         INTERLEAVED,
-        LAST,
     )
     if G > 0:
         turn_heads(
@@ -138,8 +144,8 @@ def rope_kernel(
             b_sin,
             G,
             K_WIDTH,
+            K_START,
             R,
             HEADS,
             INTERLEAVED,
-            LAST,
         )

@@ -22,7 +22,7 @@ def rope(
     sin_BTR: Tensor,
     *,
     interleaved: bool = False,
-    last: bool = False,
+    part: int | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """(q, k) with 2 R dimensions of every head turned, new tensors in their dtype.
@@ -30,13 +30,14 @@ def rope(
     k_BTGK: None if there are none; its heads may have another width than those of q. Heads,
     tokens and rows may lie apart, as in views of one packed projection. cos_BTR, sin_BTR: float32
     [B or 1, T, R] without gradients. interleaved: pairs are (2 i, 2 i + 1), not (i, i + R).
-    last: a head's last 2 R dimensions turn (latent attention), not its first.
+    part: None, a head's first 2 R dimensions turn; else the first 2 R of its last `part`, as in
+    latent attention.
     backend: auto | triton | torch | reference; auto is triton on CUDA where it can run, else torch.
     ValueError for arguments that do not fit together, or a backend that cannot run.
     """
-    check(q_BTHK, k_BTGK, cos_BTR, sin_BTR, backend)
+    check(q_BTHK, k_BTGK, cos_BTR, sin_BTR, part, backend)
     chosen = select_backend(backend, q_BTHK.device.type, q_BTHK.dtype, cos_BTR.dtype)
-    return RUN[chosen](q_BTHK, k_BTGK, cos_BTR, sin_BTR, interleaved=interleaved, last=last)
+    return RUN[chosen](q_BTHK, k_BTGK, cos_BTR, sin_BTR, interleaved=interleaved, part=part)
 
 
 @torch.compiler.assume_constant_result
@@ -50,7 +51,12 @@ def select_backend(requested: str, device: str, dtype: torch.dtype, angles: torc
 
 
 def check(
-    q_BTHK: Tensor, k_BTGK: Tensor | None, cos_BTR: Tensor, sin_BTR: Tensor, backend: str
+    q_BTHK: Tensor,
+    k_BTGK: Tensor | None,
+    cos_BTR: Tensor,
+    sin_BTR: Tensor,
+    part: int | None,
+    backend: str,
 ) -> None:
     """ValueError when the arguments of rope() do not fit together."""
     check_backend("rope", backend, BACKENDS)
@@ -71,10 +77,15 @@ def check(
             "rope: got angles that require gradients, expected constants; detach cos and sin"
         )
     for x in (q_BTHK,) if k_BTGK is None else (q_BTHK, k_BTGK):
-        if 2 * cos_BTR.shape[2] > x.shape[-1]:
+        if part is not None and part > x.shape[-1]:
+            raise ValueError(
+                f"rope: got part={part}, expected at most the head's {x.shape[-1]}; set part"
+            )
+        width = x.shape[-1] if part is None else part
+        if 2 * cos_BTR.shape[2] > width:
             raise ValueError(
                 f"rope: got angles for a width of {2 * cos_BTR.shape[2]}, expected at most the "
-                f"head's {x.shape[-1]}; set the rotated width to it"
+                f"head's {width}; set the rotated width to it"
             )
         if x.shape[:2] != (batch, tokens) or x.dtype != q_BTHK.dtype:
             raise ValueError(

@@ -13,7 +13,7 @@ def reference(
     sin_BTR: Tensor,
     *,
     interleaved: bool = False,
-    last: bool = False,
+    part: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Every dimension by its own partner, in float32 at least. Arguments as rope()."""
     half = cos_BTR.shape[-1]
@@ -22,7 +22,7 @@ def reference(
     b_R = a_R + (1 if interleaved else half)
 
     def turned(x_BTHK: Tensor) -> Tensor:
-        start = x_BTHK.shape[-1] - 2 * half if last else 0
+        start = 0 if part is None else x_BTHK.shape[-1] - part
         wide = x_BTHK.to(torch.promote_types(x_BTHK.dtype, torch.float32))
         a_BTHR, b_BTHR = wide[..., start + a_R], wide[..., start + b_R]
         cos_BT1R, sin_BT1R = cos_BTR.unsqueeze(2), sin_BTR.unsqueeze(2)
@@ -40,25 +40,23 @@ def formula(
     sin_BTR: Tensor,
     *,
     interleaved: bool = False,
-    last: bool = False,
+    part: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The same by halves that are put together. Arguments as rope()."""
-    q_BTHK = by_halves(q_BTHK, cos_BTR, sin_BTR, interleaved, last)
+    q_BTHK = by_halves(q_BTHK, cos_BTR, sin_BTR, interleaved, part)
     if k_BTGK is not None:
-        k_BTGK = by_halves(k_BTGK, cos_BTR, sin_BTR, interleaved, last)
+        k_BTGK = by_halves(k_BTGK, cos_BTR, sin_BTR, interleaved, part)
     return q_BTHK, k_BTGK
 
 
 def by_halves(
-    x_BTHK: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, interleaved: bool, last: bool
+    x_BTHK: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, interleaved: bool, part: int | None
 ) -> Tensor:
     """Computes in at least float32."""
     cos_BT1R, sin_BT1R = cos_BTR[:, :, None], sin_BTR[:, :, None]
-    width = 2 * cos_BT1R.shape[-1]
-    if last:
-        rest, turned = x_BTHK[..., : x_BTHK.shape[-1] - width], x_BTHK[..., -width:]
-    else:
-        turned, rest = x_BTHK[..., :width], x_BTHK[..., width:]
+    start = 0 if part is None else x_BTHK.shape[-1] - part
+    end = start + 2 * cos_BT1R.shape[-1]
+    before, turned, after = x_BTHK[..., :start], x_BTHK[..., start:end], x_BTHK[..., end:]
     if interleaved:
         a, b = turned.unflatten(-1, (-1, 2)).unbind(-1)
     else:
@@ -68,6 +66,6 @@ def by_halves(
     pair = a * cos_BT1R - b * sin_BT1R, b * cos_BT1R + a * sin_BT1R
     joined = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
     joined = joined.to(x_BTHK.dtype)
-    if rest.shape[-1] == 0:
+    if joined.shape == x_BTHK.shape:
         return joined
-    return torch.cat([rest, joined] if last else [joined, rest], dim=-1)
+    return torch.cat([before, joined, after], dim=-1)

@@ -11,8 +11,11 @@ start smaller with depth (model/init.py).
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
+from llmtrain_kernels.glu import glu
 from torch import Tensor
 
 from llmtrain.channels.base import Aux, Channel
@@ -121,6 +124,8 @@ class Relu2(TwoLayer):
 class SwiGLU(Channel):
     """Gate and up projection are one packed matrix: rows [0, F) are the gate, [F, 2F) the up."""
 
+    activation: ClassVar[str] = "silu"  # of the gate, as llmtrain_kernels.glu names it
+
     def __init__(
         self,
         d_model: int,
@@ -138,11 +143,8 @@ class SwiGLU(Channel):
         self.down = Linear(hidden, d_model, bias=bias, init_std=depth_std(init_std, n_layers))
 
     def forward(self, x_BTD: Tensor, ctx: SequenceContext) -> tuple[Tensor, Aux]:
-        gate_BTF, up_BTF = self.gate_up(x_BTD).chunk(2, dim=-1)
-        return self.down(self.activate(gate_BTF) * up_BTF), {}
-
-    def activate(self, gate_BTF: Tensor) -> Tensor:
-        return F.silu(gate_BTF)
+        hidden_BTF = glu(self.gate_up(x_BTD), activation=self.activation)
+        return self.down(hidden_BTF), {}
 
     def flops_per_token(self) -> float:
         return self.gate_up.flops_per_token() + self.down.flops_per_token()
@@ -151,8 +153,7 @@ class SwiGLU(Channel):
 class GeGLU(SwiGLU):
     """The gate's activation is the exact GELU."""
 
-    def activate(self, gate_BTF: Tensor) -> Tensor:
-        return F.gelu(gate_BTF)
+    activation = "gelu"
 
 
 def check_hidden(hidden: int) -> None:

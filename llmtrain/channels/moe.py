@@ -27,7 +27,7 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
+from llmtrain_kernels.glu import glu
 from llmtrain_kernels.grouped_matmul import (
     BACKENDS,
     Groups,
@@ -160,8 +160,7 @@ class MoE(Channel):
         x_PD = to_groups(x_ND, groups, self.top_k)
         gate_up_EFD, down_EDF = cast_parameter(self.gate_up, x_ND), cast_parameter(self.down, x_ND)
         both_PF = grouped_matmul(x_PD, gate_up_EFD, groups.ends_E, **how)
-        gate_PF, up_PF = both_PF.chunk(2, dim=-1)
-        y_PD = grouped_matmul(F.silu(gate_PF) * up_PF, down_EDF, groups.ends_E, **how)
+        y_PD = grouped_matmul(glu(both_PF), down_EDF, groups.ends_E, **how)
         y_NAD = from_groups(y_PD, groups, self.top_k)
         # weights are float32 at least, and so are the products and their sum
         return (routing.weights_NA[..., None] * y_NAD).sum(dim=1).to(x_ND.dtype)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from llmtrain_kernels.glu import glu
 from torch import Tensor, nn
 
 from llmtrain.channels.base import Aux, Channel
@@ -56,8 +57,7 @@ class MoEDense(Channel):
         probs_BTE = self.router(x_BTD).softmax(dim=-1)
         gate_up_FD = rearrange(cast_parameter(self.gate_up, x_BTD), "e f d -> (e f) d")
         both_BTEF = F.linear(x_BTD, gate_up_FD).unflatten(-1, (self.n_experts, -1))
-        gate_BTEF, up_BTEF = both_BTEF.chunk(2, dim=-1)
-        hidden_BTEF = F.silu(gate_BTEF) * up_BTEF
+        hidden_BTEF = glu(both_BTEF)
         # weights are float32 at least; the sum over experts is the matmul's own
         hidden_BTEF = (probs_BTE[..., None] * hidden_BTEF).to(x_BTD.dtype)
         down_DF = rearrange(cast_parameter(self.down, x_BTD), "e d f -> d (e f)")

@@ -170,7 +170,7 @@ class Attention(Mixer):
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         if ctx.rotary is not None:
             rotary = ctx.rotary[self.rotary_width]
-            q_BTHK, k_BTGK = apply_rotary(q_BTHK, rotary), apply_rotary(k_BTGK, rotary)
+            q_BTHK, k_BTGK = apply_rotary(q_BTHK, k_BTGK, rotary)
         return q_BTHK, k_BTGK, v_BTGV, gate_BTHV
 
     def output(self, o_BTHV: Tensor, gate_BTHV: Tensor | None) -> Tensor:

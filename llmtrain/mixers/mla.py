@@ -125,7 +125,7 @@ class LatentAttention(Mixer):
 
         All rows of a state have read ctx.prefix_tokens tokens, whose latents are expanded again.
         """
-        q_BTHK, latent_BTR = self.queries(x_BTD, ctx), self.latents(x_BTD, ctx)
+        q_BTHK, latent_BTR = self.project(x_BTD, ctx)
         past = ctx.prefix_tokens
         if state is not None:
             end = self.check_room(ctx, state, tokens=x_BTD.shape[1])
@@ -151,7 +151,7 @@ class LatentAttention(Mixer):
     def step(self, x_BD: Tensor, ctx: SequenceContext, state: State) -> tuple[Tensor, State]:
         """The absorbed form: attention over the latents themselves."""
         x_B1D = x_BD[:, None]
-        latent_B1R, q_B1HK = self.latents(x_B1D, ctx), self.queries(x_B1D, ctx)
+        q_B1HK, latent_B1R = self.project(x_B1D, ctx)
         rows_B1 = torch.arange(x_BD.shape[0], device=x_BD.device)[:, None]
         state["latent"][rows_B1, ctx.positions_BT] = latent_B1R.to(state["latent"].dtype)
         k_BS1R = rearrange(state["latent"].to(x_BD.dtype), "b s r -> b s 1 r")
@@ -169,24 +169,18 @@ class LatentAttention(Mixer):
         o_B1HV = einsum(o_B1HR, value_HVR, "b t h r, h v r -> b t h v")
         return self.out_proj(rearrange(o_B1HV, "b 1 h v -> b (h v)")), state
 
-    def queries(self, x_BTD: Tensor, ctx: SequenceContext) -> Tensor:
-        """q_BTHK, its last `rope` dimensions turned."""
-        if self.q_down is not None:
-            x_BTD = self.q_norm(self.q_down(x_BTD))
-        q_BTHK = rearrange(self.q_up(x_BTD), "b t (h k) -> b t h k", h=self.n_heads)
-        if ctx.rotary is None:
-            return q_BTHK
-        plain_BTHK, turned_BTHK = q_BTHK.split([self.nope, self.rope], dim=-1)
-        turned_BTHK = apply_rotary(turned_BTHK, ctx.rotary[self.rotary_width])
-        return torch.cat([plain_BTHK, turned_BTHK], dim=-1)
-
-    def latents(self, x_BTD: Tensor, ctx: SequenceContext) -> Tensor:
-        """[B, T, R + rope]: what is cached, the normalised latent and the turned shared key."""
+    def project(self, x_BTD: Tensor, ctx: SequenceContext) -> tuple[Tensor, Tensor]:
+        """q_BTHK, its last `rope` dimensions turned, and [B, T, R + rope], what is cached: the
+        normalised latent and the turned shared key."""
+        z_BTD = x_BTD if self.q_down is None else self.q_norm(self.q_down(x_BTD))
+        q_BTHK = rearrange(self.q_up(z_BTD), "b t (h k) -> b t h k", h=self.n_heads)
         latent_BTR, shared_BTK = self.kv_down(x_BTD).split([self.kv_lora_rank, self.rope], dim=-1)
         if ctx.rotary is not None:
             rotary = ctx.rotary[self.rotary_width]
-            shared_BTK = apply_rotary(shared_BTK[:, :, None], rotary)[:, :, 0]
-        return torch.cat([self.kv_norm(latent_BTR), shared_BTK], dim=-1)
+            shared_BT1K = rearrange(shared_BTK, "b t k -> b t 1 k")
+            q_BTHK, shared_BT1K = apply_rotary(q_BTHK, shared_BT1K, rotary, part=self.rope)
+            shared_BTK = rearrange(shared_BT1K, "b t 1 k -> b t k")
+        return q_BTHK, torch.cat([self.kv_norm(latent_BTR), shared_BTK], dim=-1)
 
     def expand(self, latent_BSR: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of every head."""

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import ClassVar, Self
 
 import torch
+from llmtrain_kernels.rope import rope
 from torch import Tensor, nn
 
 from llmtrain.context import Rotary, SequenceContext
@@ -186,25 +187,15 @@ def angles(positions_BT: Tensor, frequencies_R: Tensor) -> Tensor:
     return positions_BT[..., None] * frequencies_R.to(positions_BT.device)
 
 
-def apply_rotary(x_BTHK: Tensor, rotary: Rotary) -> Tensor:
-    """Turns the first 2R of every head's K dimensions, computing in at least float32."""
-    cos_BT1R, sin_BT1R = rotary.cos_BTR[:, :, None], rotary.sin_BTR[:, :, None]
-    width = 2 * cos_BT1R.shape[-1]
-    if width > x_BTHK.shape[-1]:
-        raise ValueError(
-            f"rotary: got angles for a width of {width}, expected at most the head's "
-            f"{x_BTHK.shape[-1]}; set the mixer's rotary_width to it"
-        )
-    turned, rest = x_BTHK[..., :width], x_BTHK[..., width:]
-    if rotary.interleaved:
-        a, b = turned.unflatten(-1, (-1, 2)).unbind(-1)
-    else:
-        a, b = turned.chunk(2, dim=-1)
-    dtype = torch.promote_types(x_BTHK.dtype, torch.float32)
-    a, b = a.to(dtype), b.to(dtype)
-    pair = a * cos_BT1R - b * sin_BT1R, b * cos_BT1R + a * sin_BT1R
-    joined = (
-        torch.stack(pair, dim=-1).flatten(-2) if rotary.interleaved else torch.cat(pair, dim=-1)
+def apply_rotary(
+    q_BTHK: Tensor, k_BTGK: Tensor | None, rotary: Rotary, *, part: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Turns the first 2R of every head's dimensions, or of its last `part`; keys may be None."""
+    return rope(
+        q_BTHK,
+        k_BTGK,
+        rotary.cos_BTR,
+        rotary.sin_BTR,
+        interleaved=rotary.interleaved,
+        part=part,
     )
-    joined = joined.to(x_BTHK.dtype)
-    return joined if rest.shape[-1] == 0 else torch.cat([joined, rest], dim=-1)

@@ -215,7 +215,7 @@ def test_rotation_equals_llama():
         x_BTHK.transpose(1, 2), x_BTHK.transpose(1, 2), cos, sin
     )
     rotary = Rope(H * K, max_seq_len=64, rotary_widths=(K,)).rotary(ctx)[K]
-    got_BTHK = apply_rotary(x_BTHK, rotary)
+    got_BTHK, _ = apply_rotary(x_BTHK, None, rotary)
     # at position 1000 their float32 angles are off by up to 6e-5
     torch.testing.assert_close(got_BTHK.transpose(1, 2), expected_BHTK, rtol=0, atol=3e-4)
 
@@ -228,7 +228,7 @@ def test_interleaved_rotation_equals_gptj():
     sin, cos = table.chunk(2, dim=-1)
     expected_BTHR = modeling_gptj.apply_rotary_pos_emb(x_BTHK[..., :4], sin, cos)
     rope = Rope(H * K, max_seq_len=64, rotary_widths=(K,), fraction=0.5, interleaved=True)
-    got_BTHK = apply_rotary(x_BTHK, rope.rotary(dense())[K])
+    got_BTHK, _ = apply_rotary(x_BTHK, None, rope.rotary(dense())[K])
     torch.testing.assert_close(got_BTHK[..., :4], expected_BTHR, rtol=0, atol=1e-5)
     assert got_BTHK[..., 4:].equal(x_BTHK[..., 4:])
 
@@ -244,7 +244,7 @@ def test_scores_depend_on_distance_alone(interleaved):
             SequenceContext(positions_BT=torch.tensor([[p]]), max_seqlen=1)
             for p in (q_position, k_position)
         ]
-        turned = [apply_rotary(x, rope.rotary(ctx)[K]) for x, ctx in zip((q, k), contexts)]
+        turned = [apply_rotary(x, None, rope.rotary(ctx)[K])[0] for x, ctx in zip((q, k), contexts)]
         return (turned[0] * turned[1]).sum().item()
 
     assert score(5, 2) != pytest.approx(score(5, 3), abs=1e-3)
@@ -257,7 +257,7 @@ def test_rotation_keeps_dtype_and_length():
     assert (rotary.cos_BTR.dtype, rotary.cos_BTR.shape) == (torch.float32, (B, T, K // 2))
     for dtype, tolerance in ((torch.float64, 1e-6), (torch.bfloat16, 2e-2)):
         x_BTHK = noise(B, T, H, K).to(dtype)
-        turned = apply_rotary(x_BTHK, rotary)
+        turned, _ = apply_rotary(x_BTHK, None, rotary)
         assert turned.dtype == dtype
         lengths = [x.double().norm(dim=-1) for x in (turned, x_BTHK)]
         torch.testing.assert_close(*lengths, rtol=tolerance, atol=tolerance)
@@ -343,7 +343,7 @@ def test_rotary_wider_than_the_head():
     rotary = Rope(16, max_seq_len=64, rotary_widths=(16,)).rotary(dense())[16]
     assert isinstance(rotary, Rotary)
     with pytest.raises(ValueError, match="width of 16, expected at most the head's 8; set the"):
-        apply_rotary(noise(B, T, H, K), rotary)
+        apply_rotary(noise(B, T, H, K), None, rotary)
 
 
 def test_angles_are_exact_far_out():

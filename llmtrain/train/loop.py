@@ -174,7 +174,7 @@ class Run:
                 self.steps(batches)
             self.results.read()
         self.watch.at("save")
-        self.saver.settle()  # ends here, on all ranks, when saves kept failing
+        self.saver.at_end()  # ends here, on all ranks, when saves kept failing
         if self.stopping:
             self.log.say(f"stopped on request at step {self.step}; the same command continues")
         elif self.validated.get("step") != self.step:

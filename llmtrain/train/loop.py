@@ -108,6 +108,7 @@ class Run:
         )
         self.held_out = assembly.held_out(setup)
         self.validated: dict[str, float] = {}
+        self.validation_due = trainer.get("validation_due", False)
         self.log = self.open_log()
         if self.start is not None:
             announce_resume(setup.schedule, setup.optimizer.lr, trainer)
@@ -167,6 +168,8 @@ class Run:
 
     def train(self) -> dict:
         """All steps, or those until a signal; then the last checkpoint. Returns the summary."""
+        if self.validation_due:
+            self.validate()
         while self.guard.stretch or (self.step < self.setup.plan.steps and not self.stopping):
             if self.guard.stretch:
                 self.roll_back()
@@ -314,6 +317,9 @@ class Run:
                 "data_fingerprint": self.setup.loader.fingerprint,
                 "data_stream": self.setup.loader.stream_hash,
                 "interval": self.meter.state(),
+                # A stop does not wait for a validation; who continues makes up for it.
+                "validation_due": self.step % self.knobs["val_every"] == 0
+                and self.validated.get("step") != self.step,
                 "run_id": self.run_id,
             }
             states = resume.generators(self.device)

@@ -86,8 +86,8 @@ def test_moment_forgotten_on_other_ranks_is_noticed(tmp_path):
     forgets = """
 from llmtrain.checkpoint import FragmentReader
 read_all = FragmentReader.read_all
-def forgetful(self, wanted, *rest, **named):
-    return read_all(self, [each for each in wanted if each.kind != "exp_avg"], *rest, **named)
+def forgetful(self, wanted, *rest):
+    return read_all(self, [each for each in wanted if each.kind != "exp_avg"], *rest)
 FragmentReader.read_all = forgetful
 """
     name = next(c.name for c in CHAINS if not c.same and c.legs[0].optimizer == "adamw")

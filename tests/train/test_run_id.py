@@ -23,7 +23,9 @@ ALONE = World(rank=0, size=1, local_rank=0)
 def start(run_dir: Path, *steps: int, train_resume: str = "auto") -> Path | None:
     """What a start of a run does, as far as it matters here; writes checkpoints of these steps.
     Returns what it continued from."""
-    chosen = resume.choose(train_resume, run_dir, ALONE)
+    chosen = resume.Candidates.of(train_resume, run_dir, ALONE).load(checkpoint.verify)
+    if chosen is not None:
+        resume.settle_on(chosen, run_dir, ALONE)
     run_dir.mkdir(exist_ok=True)
     trainer = {} if chosen is None else resume.read_trainer(chosen)
     run_id = resume.claim_run_id(run_dir, chosen, trainer, ALONE)

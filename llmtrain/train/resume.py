@@ -86,9 +86,10 @@ WRITTEN = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Candidates:
-    """What a start may continue from, the newest first. All ranks call every method.
+    """What a start may continue from, the newest first, without what was found damaged. All ranks
+    call every method.
 
     resume: train.resume: auto, never, or a checkpoint or run folder.
     """
@@ -114,6 +115,7 @@ class Candidates:
         else:
             path = first_loaded(self.paths, load, self.world)
         if path is not None:
+            self.paths = self.paths[self.paths.index(path) :]
             first_decides(lambda: refuse_foreign(path, self.run_dir), self.world)
         elif self.paths:
             raise ValueError(

@@ -9,7 +9,7 @@ PINS := requirements/constraints.txt
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 export PYTHON
 
-.PHONY: help install quickstart quickstart-fresh test test-slow slurm lint arrows bench soak readme wheel lock clean
+.PHONY: help install quickstart quickstart-fresh test test-slow slurm lint arrows bench soak resume readme wheel lock clean
 
 help:
 	@grep -E '^# make|^[a-z-]+:.*##' Makefile | sed -E 's/^# //; s/:.*## */: /'
@@ -48,6 +48,9 @@ bench: $(STAMP) ## benchmarks that run on a CPU
 
 soak: $(STAMP) ## an hour: kill trainings and damage checkpoints, compare with undisturbed twins
 	$(BIN)/python scripts/soak.py kill damage report --out runs/soak $(ARGS)
+
+resume: $(STAMP) ## an hour: stop every mixer at every stage, continue on the same and on other ranks
+	$(BIN)/python scripts/soak.py resume report --out runs/soak $(ARGS)
 
 readme: $(STAMP) ## write the tables and the tree of README.md from the files
 	$(BIN)/python scripts/readme.py

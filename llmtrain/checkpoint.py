@@ -18,6 +18,7 @@ tensor.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ import yaml
 from torch import Tensor
 
 from llmtrain.build import build_model
-from llmtrain.fragments import FragmentReader, Wanted, read_index, uncovered
+from llmtrain.fragments import FragmentReader, Wanted, check_parameters, read_index, uncovered
 from llmtrain.manifest import (
     STEP_NAME,
     BadCheckpoint,
@@ -35,6 +36,7 @@ from llmtrain.manifest import (
     damaged,
     incomplete,
     read_manifest,
+    share_of,
 )
 from llmtrain.model.language_model import LanguageModel
 
@@ -63,12 +65,43 @@ def problems(path: str | Path, *, rank: int = 0, size: int = 1, content: bool = 
         manifest = read_manifest(path)
         found = incomplete(path, manifest)
         if content:
-            found |= damaged(path, manifest, skip=set(found), rank=rank, size=size)
+            found |= damaged(path, share_of(manifest, skip=found, rank=rank, size=size))
         if found or rank:
             return list(found.values())
         return uncovered(manifest, read_index(path, manifest))
     except BadCheckpoint as error:
         return [str(error).removeprefix(f"checkpoint {path}: ")]
+
+
+def problems_but_tensors(path: Path) -> list[str]:
+    """What is wrong with a checkpoint, the content of the ranks' files aside: load() reads that."""
+    try:
+        manifest = read_manifest(path)
+        found = incomplete(path, manifest)
+        found |= damaged(path, share_of(manifest, skip={*found, *manifest.rank_files}))
+        return list(found.values())
+    except BadCheckpoint as error:
+        return [str(error).removeprefix(f"checkpoint {path}: ")]
+
+
+def load(path: Path, wanted: Iterable[Wanted], *, rank: int = 0, size: int = 1) -> list[str]:
+    """Fill tensors while the ranks' files are verified; what is wrong with them, as of problems().
+
+    Every byte is read once where a rank wants what is in its own share. The tensors are not to be
+    used unless no rank found anything.
+    """
+    try:
+        reader = FragmentReader(path)
+        skip = reader.manifest.files.keys() - set(reader.manifest.rank_files)
+        share = share_of(reader.manifest, skip=skip, rank=rank, size=size)
+        found = reader.read_all(wanted, share)
+        if found or rank:
+            return list(found.values())
+        return uncovered(reader.manifest, reader.index)
+    except BadCheckpoint as error:
+        # A damaged header may say anything; hashes tell more, to the rank whose share it is.
+        text = str(error).removeprefix(f"checkpoint {path}: ")
+        return problems(path, rank=rank, size=size) or [text]
 
 
 def refuse(path: Path, found: list[str]) -> None:
@@ -158,7 +191,8 @@ def fill(reader: FragmentReader, tensors: dict[str, Tensor]) -> None:
     """Read the whole model: parameters and buffers; the objective's own are left out."""
     stored = reader.manifest.parameters
     others = {name: tuple(stored[name]) for name in stored if not name.startswith("model.")}
-    reader.check_parameters(others | {name: tuple(t.shape) for name, t in tensors.items()})
+    shapes = others | {name: tuple(t.shape) for name, t in tensors.items()}
+    check_parameters(reader.path, reader.manifest, shapes)
     reader.read_all(
         Wanted(kind="param", name=name, offset=0, out=tensor.view(-1))
         for name, tensor in tensors.items()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -37,22 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     arguments = parser.parse_intermixed_args(argv)
     debug = arguments.debug or os.environ.get("LLMTRAIN_DEBUG", "") not in ("", "0")
-    if arguments.command is None or (arguments.help and arguments.command not in SUMMARIES):
-        print(overview(parser))
-        return FINISHED if arguments.help else USAGE_ERROR
     try:
-        if arguments.command not in SUMMARIES:
-            raise ValueError(
-                f"llmtrain: no command {arguments.command!r}, expected one of "
-                f"{', '.join(SUMMARIES)}.{groups.did_you_mean(arguments.command, list(SUMMARIES))}"
-            )
-        if arguments.help:
-            print(command_help(arguments.command, arguments.config_dir))
-            return FINISHED
-        configure_logging()
-        return commands.run(
-            arguments.command, arguments.overrides, arguments.config_dir, arguments.config
-        )
+        code = act(parser, arguments)
+        sys.stdout.flush()  # here, where a reader that is gone makes no noise
+        return code
     except BrokenPipeError:
         if not reader_is_gone():
             raise
@@ -69,14 +58,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILURE
 
 
+def act(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    """Do what was typed; returns the exit code."""
+    if arguments.command is None or (arguments.help and arguments.command not in SUMMARIES):
+        print(overview(parser))
+        return FINISHED if arguments.help else USAGE_ERROR
+    if arguments.command not in SUMMARIES:
+        raise ValueError(
+            f"llmtrain: no command {arguments.command!r}, expected one of "
+            f"{', '.join(SUMMARIES)}.{groups.did_you_mean(arguments.command, list(SUMMARIES))}"
+        )
+    if arguments.help:
+        print(command_help(arguments.command, arguments.config_dir))
+        return FINISHED
+    configure_logging()
+    return commands.run(
+        arguments.command, arguments.overrides, arguments.config_dir, arguments.config
+    )
+
+
 def reader_is_gone() -> bool:
     """Whether nobody reads our output any more (`| head`); it then goes nowhere, in silence."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are always reported
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -123,8 +123,11 @@ def start(world: World, device: torch.device, timeout: timedelta = TIMEOUT) -> N
         seconds = str(int(timeout.total_seconds()))
         os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", seconds)
     atexit.register(leave)  # without it ranks may abort at exit
+    # A lone rank takes what port is free now: MASTER_PORT was free when it was chosen.
+    alone = world.size == 1
     dist.init_process_group(
         BACKENDS[device.type],
+        store=dist.TCPStore("127.0.0.1", 0, 1, is_master=True) if alone else None,
         rank=world.rank,
         world_size=world.size,
         timeout=timeout,

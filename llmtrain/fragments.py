@@ -2,16 +2,18 @@
 
 A file is eight bytes of header length, a JSON header (key -> dtype, shape, place of the data), and
 the data. Keys are "<kind>|<name>|<offset>"; what belongs to a rank has its number for a name.
-Pieces are read from the files straight into the tensors that want them, by several threads.
+Pieces are read from the files straight into the tensors that want them, by several threads; chunks
+that are to be verified are hashed from what the tensors got, so that each byte is read once.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from operator import itemgetter
@@ -21,7 +23,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmtrain.manifest import THREADS, BadCheckpoint, Manifest, read_manifest
+from llmtrain.manifest import (
+    READ_BYTES,
+    THREADS,
+    BadCheckpoint,
+    Chunk,
+    Manifest,
+    firsts,
+    mismatch,
+    read_manifest,
+)
 
 DTYPES = {
     "F64": torch.float64,
@@ -142,6 +153,55 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().numpy()).cast("B")
 
 
+def receiving(parts: list[Part]) -> tuple[list[memoryview], list[tuple[Tensor, Tensor]]]:
+    """(memory that takes each part's bytes, (out, tensor in that memory) where it is not out's)."""
+    buffers, copies = [], []
+    for part in parts:
+        buffer = part.buffer
+        if buffer is None:
+            into = torch.empty(part.out.shape, dtype=part.dtype)
+            copies.append((part.out, into))
+            buffer = bytes_of(into)
+        buffers.append(buffer)
+    return buffers, copies
+
+
+def pieces_of(
+    chunk: Chunk, parts: list[Part], buffers: list[memoryview]
+) -> Iterator[tuple[memoryview | None, int]]:
+    """All of a chunk in order, (memory, its bytes) of READ_BYTES at most; None: nobody wants it."""
+    at = chunk.start
+    for part, buffer in zip(parts, buffers):
+        for start in range(at, part.start, READ_BYTES):
+            yield None, min(READ_BYTES, part.start - start)
+        for start in range(0, len(buffer), READ_BYTES):
+            cut = buffer[start : start + READ_BYTES]
+            yield cut, len(cut)
+        at = part.end
+    for start in range(at, chunk.start + chunk.size, READ_BYTES):
+        yield None, min(READ_BYTES, chunk.start + chunk.size - start)
+
+
+def check_parameters(path: Path, manifest: Manifest, shapes: dict[str, tuple[int, ...]]) -> None:
+    """ValueError unless the checkpoint holds exactly these parameters."""
+    stored = {name: tuple(shape) for name, shape in manifest.parameters.items()}
+    if stored == shapes:
+        return
+    missing, unknown = shapes.keys() - stored.keys(), stored.keys() - shapes.keys()
+    problems = [f"{name} is not in it" for name in sorted(missing)]
+    problems += [f"{name} is not in the model" for name in sorted(unknown)]
+    problems += [
+        f"{name} is {list(stored[name])} in it, {list(shapes[name])} in the model"
+        for name in sorted(stored.keys() & shapes.keys())
+        if stored[name] != shapes[name]
+    ]
+    shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" * (len(problems) > 5))
+    raise ValueError(
+        f"checkpoint {path}: its parameters are not the model's: {shown}; use the "
+        "configuration that it was trained with (config.yaml beside its manifest)"
+    )
+
+
 def close_all(descriptors: dict[str, int]) -> None:
     for descriptor in descriptors.values():
         os.close(descriptor)
@@ -153,42 +213,38 @@ class FragmentReader:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.manifest = read_manifest(path)
+        # format 1: a chunk is a whole file
+        self.chunk_bytes = (
+            self.manifest.chunk_bytes if self.manifest.format > 1 else self.manifest.size + 1
+        )
         self.index = read_index(self.path, self.manifest)
         self.files = {
             name: os.open(self.path / name, os.O_RDONLY) for name in self.manifest.rank_files
         }
         weakref.finalize(self, close_all, self.files)
 
-    def check_parameters(self, shapes: dict[str, tuple[int, ...]]) -> None:
-        """ValueError unless the checkpoint holds exactly these parameters."""
-        stored = {name: tuple(shape) for name, shape in self.manifest.parameters.items()}
-        if stored == shapes:
-            return
-        missing, unknown = shapes.keys() - stored.keys(), stored.keys() - shapes.keys()
-        problems = [f"{name} is not in it" for name in sorted(missing)]
-        problems += [f"{name} is not in the model" for name in sorted(unknown)]
-        problems += [
-            f"{name} is {list(stored[name])} in it, {list(shapes[name])} in the model"
-            for name in sorted(stored.keys() & shapes.keys())
-            if stored[name] != shapes[name]
-        ]
-        shown = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" * (len(problems) > 5))
-        raise ValueError(
-            f"checkpoint {self.path}: its parameters are not the model's: {shown}; use the "
-            "configuration that it was trained with (config.yaml beside its manifest)"
-        )
-
     def read(self, kind: str, name: str, offset: int, out: Tensor) -> None:
         """Fill out (1-D view) with elements offset .. offset + len(out) of a flattened tensor."""
         self.read_all([Wanted(kind=kind, name=name, offset=offset, out=out)])
 
     @torch.no_grad()
-    def read_all(self, wanted: Iterable[Wanted]) -> None:
-        """Fill all of these tensors, in the order of the files, by several threads."""
+    def read_all(self, wanted: Iterable[Wanted], verified: Sequence[Chunk] = ()) -> dict[str, str]:
+        """Fill all of these tensors, in the order of the files, by several threads.
+
+        verified: chunks that are read as a whole and hashed, whatever of them is wanted. Returns
+        file name -> what is wrong with it; if anything is, the tensors are not to be used.
+        """
         parts = [part for entry in wanted for part in self.parts(entry)]
         parts.sort(key=itemgetter(0, 1))
+        of_chunk: dict[tuple[str, int], list[Part]] = {(c.file, c.start): [] for c in verified}
         batches: list[list[Part]] = []
         for part in parts:
+            place = part.file, part.start - part.start % self.chunk_bytes
+            inside = of_chunk.get(place)
+            free = inside is not None and (not inside or inside[-1].end <= part.start)
+            if free and part.end <= place[1] + self.chunk_bytes:  # no element across chunks
+                inside.append(part)
+                continue
             last = batches[-1] if batches else None
             follows = last and (last[-1].file, last[-1].end) == (part.file, part.start)
             fits = last and len(last) < BATCH_PARTS and part.end - last[0].start <= BATCH_BYTES
@@ -196,23 +252,26 @@ class FragmentReader:
                 last.append(part)
             else:
                 batches.append([part])
-        if len(batches) == 1:
+        if not verified and len(batches) == 1:
             self.fill(batches[0])
-            return
+            return {}
         with ThreadPoolExecutor(THREADS) as pool:
+            wrong = pool.map(self.fill_verified, verified, of_chunk.values())
             list(pool.map(self.fill, batches))
+            return firsts(verified, wrong)
 
     def parts(self, wanted: Wanted) -> Iterator[Part]:
-        """Where the elements lie, BATCH_BYTES at most each."""
+        """Where the elements lie, BATCH_BYTES at most each, and in one chunk."""
         out, offset, filled = wanted.out, wanted.offset, 0
         end = offset + out.numel()
         for piece in self.index.get((wanted.kind, wanted.name), ()):
-            low, high = max(offset, piece.offset), min(end, piece.offset + piece.elements)
-            step = BATCH_BYTES // piece.dtype.itemsize
-            for start in range(low, high, step):
-                stop = min(high, start + step)
-                byte = piece.start + (start - piece.offset) * piece.dtype.itemsize
-                end_byte = byte + (stop - start) * piece.dtype.itemsize
+            start, high = max(offset, piece.offset), min(end, piece.offset + piece.elements)
+            width = piece.dtype.itemsize
+            while start < high:
+                byte = piece.start + (start - piece.offset) * width
+                room = min(BATCH_BYTES, self.chunk_bytes - byte % self.chunk_bytes)
+                stop = min(high, start + max(room // width, 1))
+                end_byte = byte + (stop - start) * width
                 into = (
                     out if (start, stop) == (offset, end) else out[start - offset : stop - offset]
                 )
@@ -220,6 +279,7 @@ class FragmentReader:
                 buffer = bytes_of(into) if direct and into.is_contiguous() else None
                 yield Part(piece.file, byte, end_byte, into, piece.dtype, buffer)
                 filled += stop - start
+                start = stop
         if filled != out.numel():
             raise BadCheckpoint(
                 f"checkpoint {self.path}: {wanted.kind} of {wanted.name}: got {filled} of the "
@@ -229,17 +289,40 @@ class FragmentReader:
 
     def fill(self, batch: list[Part]) -> None:
         """Read bytes of a file that follow each other into the tensors of the batch."""
-        buffers, copies = [], []
-        for part in batch:
-            buffer = part.buffer
-            if buffer is None:
-                into = torch.empty(part.out.shape, dtype=part.dtype)
-                copies.append((part.out, into))
-                buffer = bytes_of(into)
-            buffers.append(buffer)
+        buffers, copies = receiving(batch)
         self.read_bytes(batch[0].file, batch[0].start, buffers)
         for out, into in copies:
             out.copy_(into)
+
+    def fill_verified(self, chunk: Chunk, parts: list[Part]) -> str | None:
+        """Read a chunk, its parts into their tensors; what is wrong with it."""
+        buffers, copies = receiving(parts)
+        digest, scratch = hashlib.sha256(), memoryview(bytearray(READ_BYTES))
+        group: list[memoryview] = []
+        start = position = chunk.start
+
+        def read_group() -> None:
+            self.read_bytes(chunk.file, start, group)
+            for buffer in group:
+                digest.update(buffer)
+
+        os.posix_fadvise(self.files[chunk.file], start, chunk.size, os.POSIX_FADV_WILLNEED)
+        try:
+            for buffer, size in pieces_of(chunk, parts, buffers):
+                if position + size - start > READ_BYTES or len(group) == BATCH_PARTS:
+                    read_group()
+                    group, start = [], position
+                unwanted = scratch[position - start : position - start + size]
+                group.append(unwanted if buffer is None else buffer)
+                position += size
+            read_group()
+        except BadCheckpoint as error:
+            return str(error).removeprefix(f"checkpoint {self.path}: ")
+        wrong = mismatch(chunk, digest.hexdigest())
+        if wrong is None:
+            for out, into in copies:
+                out.copy_(into)
+        return wrong
 
     def read_bytes(self, file: str, start: int, into: list[memoryview]) -> None:
         while into:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -197,10 +197,10 @@ def incomplete(path: Path, manifest: Manifest) -> dict[str, str]:
     return found
 
 
-def damaged(
-    path: Path, manifest: Manifest, *, skip: Collection[str] = (), rank: int = 0, size: int = 1
-) -> dict[str, str]:
-    """File name -> what is wrong with its content; reads this rank's share of all bytes.
+def share_of(
+    manifest: Manifest, *, skip: Collection[str] = (), rank: int = 0, size: int = 1
+) -> list[Chunk]:
+    """The chunks that this rank of those who verify together is to read, but for files to skip.
 
     The share is contiguous: ranks that continue their own checkpoint read what they need anyway.
     """
@@ -210,22 +210,36 @@ def damaged(
         if chunk.file not in skip and int(middle * size / max(whole, 1)) == rank:
             share.append(chunk)
         position += chunk.size
+    return share
+
+
+def mismatch(chunk: Chunk, digest: str) -> str | None:
+    """What is wrong with a chunk whose bytes have this sha256."""
+    if digest == chunk.sha256:
+        return None
+    return (
+        f"{chunk.file} is damaged: got sha256 {digest[:12]}..., expected "
+        f"{chunk.sha256[:12]}... in its bytes {chunk.start} to {chunk.start + chunk.size}"
+    )
+
+
+def firsts(share: list[Chunk], wrong: Iterable[str | None]) -> dict[str, str]:
+    """File name -> the first of what is wrong with its chunks, in the order of bytes."""
+    found: dict[str, str] = {}
+    for chunk, text in zip(share, wrong):
+        if text is not None:
+            found.setdefault(chunk.file, text)
+    return found
+
+
+def damaged(path: Path, share: list[Chunk]) -> dict[str, str]:
+    """File name -> what is wrong with its content; reads a share of all bytes."""
 
     def check(chunk: Chunk) -> str | None:
         try:
-            digest = hash_range(path / chunk.file, chunk.start, chunk.size)
+            return mismatch(chunk, hash_range(path / chunk.file, chunk.start, chunk.size))
         except OSError as error:
             return f"cannot read {chunk.file}: {error}"
-        if digest == chunk.sha256:
-            return None
-        return (
-            f"{chunk.file} is damaged: got sha256 {digest[:12]}..., expected "
-            f"{chunk.sha256[:12]}... in its bytes {chunk.start} to {chunk.start + chunk.size}"
-        )
 
-    found: dict[str, str] = {}
     with ThreadPoolExecutor(THREADS) as pool:  # reading and hashing release the interpreter lock
-        for chunk, wrong in zip(share, pool.map(check, share)):
-            if wrong is not None:
-                found.setdefault(chunk.file, wrong)  # the first of a file, in the order of bytes
-    return found
+        return firsts(share, pool.map(check, share))

@@ -8,12 +8,14 @@ of 64 KiB), all in turn, `repeats` times over:
     dd write    one dd a rank, together --gib of random bytes: bs=64M conv=fsync
     save        what train.async_save does: host copy (the stall), then files, fsync, commit
     dd read     the files of dd write, bs=64M
-    load        every rank's share verified (sha256 of every byte), then its fragments read
+    load        what a resume does: every rank fills its fragments and verifies (sha256 of every
+                byte) its share of the files, from one read
     load again  the same with the page cache warm: the disk left out
     sha256      as many bytes hashed in memory: what the processors allow a load, at most
 
 Reads follow a dropped page cache (/proc/sys/vm/drop_caches) where that is permitted; else the
-report says so. Writes bandwidth.json and prints a table of medians.
+report says so. Writes bandwidth.json and prints a table of medians. A minute's worth of it:
+--gib 0.5 --ranks 1 --cuts large --repeats 2.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ import torch
 import torch.distributed as dist
 
 from llmtrain import checkpoint, distributed
-from llmtrain.checkpoint import FragmentReader, Wanted
+from llmtrain.checkpoint import Wanted
 from llmtrain.distributed import World, broadcast_object, gather_objects
 from llmtrain.manifest import CHUNK_BYTES, THREADS
 from llmtrain.train.checkpoint import CheckpointWriter, hash_chunk
@@ -42,6 +44,7 @@ from llmtrain.train.partitions import Fragment
 from llmtrain.train.saving import Saver
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
+LARGE = 4096 * 4096
 SMALL = 64 * 2**10 // 4
 MEASURED = ("dd write", "save", "dd read", "load", "load again", "sha256", "stall")
 
@@ -61,7 +64,7 @@ def arguments() -> argparse.Namespace:
 def shapes(cut: str, gib: float) -> dict[str, tuple[int, ...]]:
     """Parameters whose three kinds together have that size in float32."""
     left = int(gib * 2**30 / 4 / len(KINDS))
-    whole = {"large": 4096 * 4096, "small": SMALL}[cut]
+    whole = {"large": LARGE, "small": SMALL}[cut]
     found = {}
     while left > 0:
         numel = min(left, whole)
@@ -71,13 +74,24 @@ def shapes(cut: str, gib: float) -> dict[str, tuple[int, ...]]:
 
 
 def fragments(parameters: dict[str, tuple[int, ...]], world: World, device: str) -> list[Fragment]:
-    """This rank's slice of every parameter, random."""
-    found = []
+    """This rank's slice of every parameter: one random block, each time plus a number."""
+    found, block = [], torch.randn(LARGE, device=device)
     for name, (numel,) in parameters.items():
         start, end = (numel * r // world.size for r in (world.rank, world.rank + 1))
-        views = {kind: torch.randn(end - start, device=device) for kind in KINDS}
+        values = block[: end - start] + len(found)
+        views = {kind: values + number / 4 for number, kind in enumerate(KINDS)}
         found.append(Fragment(name=name, offset=start, views=views))
     return found
+
+
+def write_source(path: Path, size: int) -> None:
+    """That many bytes that neither repeat nor are zero, which would be too easy for some disks: one
+    random block, each time plus a number."""
+    draw = torch.Generator().manual_seed(0)
+    block = torch.randint(2**31, (2**23,), dtype=torch.int64, generator=draw)
+    with path.open("wb") as file:
+        for number in range(-(-size // block.nbytes)):
+            file.write(memoryview((block + number * 2**32).numpy()))
 
 
 class Bench:
@@ -93,9 +107,7 @@ class Bench:
         self.bytes = sum(gather_objects(self.share, world))
         self.first(lambda: self.folder.mkdir(parents=True))
         self.source = Path("/dev/shm") / f"bandwidth-{os.getpid()}"
-        with self.source.open("wb") as file:  # zeros would be too easy for some disks
-            for _ in range(0, self.share, 2**24):
-                file.write(os.urandom(2**24))
+        write_source(self.source, self.share)
         writer = CheckpointWriter(
             self.folder,
             world,
@@ -136,15 +148,16 @@ class Bench:
             self.cold = False
 
     def load(self) -> None:
-        """What a resume does: verify together, then fill this rank's tensors."""
+        """What a resume does: verify together, and fill this rank's tensors."""
         path = self.saver.writer.path(self.step)
-        found = checkpoint.problems(path, rank=self.world.rank, size=self.world.size)
-        assert not any(gather_objects(found, self.world)), found
-        FragmentReader(path).read_all(
+        found = checkpoint.problems_but_tensors(path) if self.world.rank == 0 else []
+        wanted = [
             Wanted(kind=kind, name=fragment.name, offset=fragment.offset, out=view)
             for fragment in self.fragments
             for kind, view in fragment.views.items()
-        )
+        ]
+        found += checkpoint.load(path, wanted, rank=self.world.rank, size=self.world.size)
+        assert not any(gather_objects(found, self.world)), found
 
     def hash(self) -> None:
         """This rank's bytes, by the threads that verify."""

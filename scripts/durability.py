@@ -6,7 +6,8 @@
 Behind the dashes stand overrides of `llmtrain train`.
 
 stall: the run twice, with train.async_save=true and false; seconds that training waited at a save
-beside the seconds of a step, and the rate at which files became durable.
+beside the seconds of a step, and the rate at which files became durable. The save after the last
+step stands apart: the program waits there for the disk, and no step waits with it.
 resize: the run twice, undisturbed on ranks[0], and stopped by SIGTERM after --stop-at of its steps
 and continued on ranks[1], ranks[2] ... in turn.
 Every step's loss of both courses, their largest difference and the samples they read, which must be
@@ -33,16 +34,19 @@ from llmtrain.exits import FINISHED, STOPPED
 PATIENCE = 1800.0  # seconds, of a start that compiles
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """overrides: what stands behind the dashes, which argparse would lose behind options."""
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("part", choices=("stall", "resize"))
-    parser.add_argument("overrides", nargs="*", help="of `llmtrain train`, behind --")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1])
     parser.add_argument("--stop-at", type=float, nargs="+", default=[0.5], help="shares of a run")
-    return parser.parse_args()
+    options = parser.parse_args(arguments[:cut])
+    options.overrides = arguments[cut + 1 :]
+    return options
 
 
 def ranked(command: list[str], ranks: int) -> list[str]:
@@ -97,29 +101,33 @@ def stall(options: argparse.Namespace) -> int:
         log = options.out / f"{run_dir.name}.log"
         own = [f"run_dir={run_dir}", f"train.async_save={str(background).lower()}"]
         finish(start(options.ranks[0], [*options.overrides, *own], log), (FINISHED,), log)
-        metrics = lines(run_dir / "metrics.jsonl")
-        saves = [line for line in metrics if line["kind"] == "save"]
-        seconds = [line["step_seconds"] for line in metrics if "step_seconds" in line]
-        step = statistics.median(seconds)
-        waits = [save["stall_seconds"] for save in saves]
-        rows.append(
-            {
-                "async_save": background,
-                "ranks": options.ranks[0],
-                "saves": len(saves),
-                "step_seconds": step,
-                "stall_seconds": statistics.median(waits),
-                "largest_stall_seconds": max(waits),
-                "stall/step": statistics.median(waits) / step,
-                "gib": saves[0]["bytes"] / 2**30,
-                "durable_gib_per_second": statistics.median(
-                    save["bytes_per_second"] / 2**30 for save in saves
-                ),
-            }
-        )
+        row = stall_row(lines(run_dir / "metrics.jsonl"), max(steps(run_dir)))
+        rows.append({"async_save": background, "ranks": options.ranks[0], **row})
         print(json.dumps(rows[-1]), flush=True)
     (options.out / "stall.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def stall_row(metrics: list[dict], last_step: int) -> dict:
+    """What the lines of a finished run say of its saves in training, and of its end."""
+    saves = [line for line in metrics if line["kind"] == "save"]
+    waits = [save["stall_seconds"] for save in saves if save["step"] < last_step]
+    if not waits:
+        raise SystemExit("durability: no save before the last step; lower train.save_every")
+    step = statistics.median(line["step_seconds"] for line in metrics if "step_seconds" in line)
+    at_end = sum(save["stall_seconds"] for save in saves if save["step"] == last_step)
+    return {
+        "saves_in_training": len(waits),
+        "step_seconds": step,
+        "stall_seconds": statistics.median(waits),
+        "largest_stall_seconds": max(waits),
+        "stall/step": statistics.median(waits) / step,
+        "end_seconds": at_end + sum(save["end_wait_seconds"] for save in saves),
+        "gib": saves[0]["bytes"] / 2**30,
+        "durable_gib_per_second": statistics.median(
+            save["bytes_per_second"] / 2**30 for save in saves
+        ),
+    }
 
 
 def resize(options: argparse.Namespace) -> int:
@@ -188,7 +196,7 @@ def draw(path: Path, summary: dict) -> None:
 
 
 def main() -> int:
-    options = parse()
+    options = parse(sys.argv[1:])
     options.out.mkdir(parents=True, exist_ok=True)
     return {"stall": stall, "resize": resize}[options.part](options)
 

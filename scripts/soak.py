@@ -1,14 +1,16 @@
-"""Nothing is lost: trainings that are killed, and checkpoints that are damaged, end as undisturbed.
+"""Nothing is lost: trainings that are killed, stopped or moved end as undisturbed ones.
 
     python scripts/soak.py kill --kills 200 --seed 0 --out results/soak   # SIGKILL at any moment
     python scripts/soak.py damage --out results/soak                      # broken files, full disk
+    python scripts/soak.py resume --out results/soak                      # other ranks and stages
     python scripts/soak.py report --out results/soak                      # tables and soak.json
 
 A cell is a small training (mixer x ZeRO stage, other axes dealt: scripts/soak/cells.py) that is
 started, killed at a chosen moment and started again with the same command until its kills are used
 up; then it may finish, and everything it leaves is compared bit for bit with a twin that nobody
-disturbed. Rows are appended to <out>/kill.jsonl and <out>/damage.jsonl; what is there already is
-not done again. The exit code is 1 when anything was not as it must be.
+disturbed. resume stops trainings and continues them, on the same ranks bit for bit, through 1, 2, 3
+and 4 ranks in any order to rounding. Rows are appended to <out>/<part>.jsonl; what is there already
+is not done again. The exit code is 1 when anything was not as it must be.
 """
 
 from __future__ import annotations
@@ -28,11 +30,11 @@ ROOT = Path(__file__).resolve().parents[1]
 for package in ("", "kernels", "data_prep", "eval"):  # the checkout's, before any installed ones
     sys.path.insert(0, str(ROOT / package))
 
-from soak import corpus, damage, disk, flips, pool, ranks, report, results  # noqa: E402
+from soak import corpus, damage, disk, flips, pool, ranks, report, results, resume  # noqa: E402
 from soak.cells import STAGES, matrix  # noqa: E402
 from soak.kill import Bench, run_cell  # noqa: E402
 
-PARTS = ("kill", "damage", "report")
+PARTS = ("kill", "damage", "resume", "report")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -49,6 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--jobs", type=int, default=2, help="cells at once")
     add("--deadline", type=float, help="seconds after which no cell is begun")
     add("--keep-runs", action="store_true", help="also those that ended as they must")
+    add("--cases", help="of damage and resume: only those whose name holds this text")
 
     cells = parser.add_argument_group("kill")
     add = cells.add_argument
@@ -62,7 +65,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add = broken.add_argument
     add("--bases", nargs="+", default=["1:adamw", "3:adamw"], help="stage:optimizer")
     add("--flips", type=int, default=400, help="single bits flipped in every file")
-    add("--cases", help="only those whose name holds this text")
+
+    chains = parser.add_argument_group("resume")
+    chains.add_argument("--sample", action="store_true", help="each mixer once, not at every stage")
     return parser.parse_args(arguments)
 
 
@@ -71,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     how = options.start or ("fork" if options.device == "cpu" else "exec")
     good = True
-    if {"kill", "damage"} & set(options.parts):
+    if set(options.parts) - {"report"}:
         with work_folder(options.work) as work:
             ranks.preload(options.device)
             bench = Bench(
@@ -85,6 +90,8 @@ def main(arguments: list[str] | None = None) -> int:
                 good &= kills(options, bench)
             if "damage" in options.parts:
                 good &= damages(options, bench)
+            if "resume" in options.parts:
+                good &= resumes(options, bench)
     if "report" in options.parts:
         good &= report.write(options.out)
     return 0 if good else 1
@@ -137,6 +144,17 @@ def kills(options: argparse.Namespace, bench: Bench) -> bool:
         for i, cell in enumerate(cells)
     ]
     return do("kill", work, options, bench)
+
+
+def resumes(options: argparse.Namespace, bench: Bench) -> bool:
+    """Stopped and continued; whether all went well."""
+    chains = (resume.sample if options.sample else resume.matrix)(options.seed)
+    work = [
+        Piece(chain.key, chain.name, lambda at, chain=chain: resume.run_chain(chain, bench, at))
+        for chain in chains
+        if not options.cases or options.cases in chain.name
+    ]
+    return do("resume", work, options, bench)
 
 
 def damages(options: argparse.Namespace, bench: Bench) -> bool:

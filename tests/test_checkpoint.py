@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -103,14 +104,15 @@ def test_any_slice_is_read_from_any_cut(write, cuts):
 
 
 def test_other_parameters_are_named(write):
-    reader = FragmentReader(write(1))
-    reader.check_parameters(SHAPES)
+    path = write(1)
+    reader = FragmentReader(path)
+    fragments.check_parameters(path, reader.manifest, SHAPES)
     with pytest.raises(
         ValueError,
         match=r"model.c is not in it; model.b is not in the model; model.a is \[3, 5\] in it, "
         r"\[5, 3\] in the model; use the configuration",
     ):
-        reader.check_parameters({"model.a": (5, 3), "model.c": (1,)})
+        fragments.check_parameters(path, reader.manifest, {"model.a": (5, 3), "model.c": (1,)})
     with pytest.raises(BadCheckpoint, match=r"param of model.a: got 15 of the elements 0 .. 16"):
         reader.read("param", "model.a", 0, torch.empty(16))
 
@@ -243,6 +245,61 @@ def test_many_chunks_and_batches(small_chunks, write):
     )
     for (kind, name), out in outs.items():
         assert torch.equal(out, values(name, kind))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_load_verifies_what_it_fills(small_chunks, write_together, size, dtype):
+    """Whatever bit is flipped in a rank's file, one rank of those who load says so, and where."""
+    path = write_together(1, thirds())
+    outs = {
+        (kind, name): torch.full(SHAPES[name], float("nan"), dtype=dtype).view(-1)
+        for name in SHAPES
+        for kind in KINDS
+    }
+
+    def load(rank: int) -> list[str]:
+        wanted = [Wanted(kind=k, name=n, offset=0, out=out) for (k, n), out in outs.items()]
+        return checkpoint.load(path, wanted, rank=rank, size=size)
+
+    for rank in range(size):
+        assert load(rank) == []
+        for (kind, name), out in outs.items():
+            assert torch.equal(out, values(name, kind).to(dtype))
+            out.fill_(float("nan"))
+    for name in checkpoint.read_manifest(path).rank_files:
+        for at in range(0, (path / name).stat().st_size, 5):
+            change(path / name, at)
+            found = [load(rank) for rank in range(size)]
+            change(path / name, at)
+            said = f"{name} is damaged: got sha256"
+            where = f"in its bytes {at - at % 64} to"
+            assert any(said in text and where in text for part in found for text in part), found
+
+
+def test_load_reads_every_byte_once(small_chunks, write, monkeypatch):
+    path = write(1, 4)
+    read, preadv = [], os.preadv
+
+    def count(descriptor: int, buffers: list, offset: int) -> int:
+        read.append(got := preadv(descriptor, buffers, offset))
+        return got
+
+    monkeypatch.setattr(os, "preadv", count)
+    outs = {(kind, name): torch.empty(SHAPES[name]).view(-1) for name in SHAPES for kind in KINDS}
+    wanted = [Wanted(kind=k, name=n, offset=0, out=out) for (k, n), out in outs.items()]
+    assert checkpoint.load(path, wanted) == []
+    whole = checkpoint.read_manifest(path)
+    assert sum(read) == sum(whole.files[name]["size"] for name in whole.rank_files)
+    for (kind, name), out in outs.items():
+        assert torch.equal(out, values(name, kind))
+
+
+def test_load_of_a_checkpoint_that_lacks_tensors(write):
+    path = write(1)
+    wanted = [Wanted(kind="param", name="model.a", offset=0, out=torch.empty(16))]
+    (text,) = checkpoint.load(path, wanted)
+    assert text.startswith("param of model.a: got 15 of the elements 0 .. 16")
 
 
 def test_every_dtype(write_together):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -93,3 +96,20 @@ def test_errors(monkeypatch):
     assert choose_device("cuda", World(rank=3, size=4, local_rank=1)) == torch.device("cuda", 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto", world) == torch.device("cpu")
+
+
+def test_lone_rank_starts_though_its_port_was_taken_meanwhile():
+    code = """
+import os, socket, torch
+from llmtrain import distributed
+world = distributed.discover(os.environ)
+taken = socket.socket()
+taken.bind(("127.0.0.1", int(os.environ["MASTER_PORT"])))
+taken.listen()
+distributed.start(world, torch.device("cpu"))
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in FIVE}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -131,6 +131,16 @@ def test_comparison_sees_one_bit_one_step_one_metric(soak, tmp_path):
     assert differences().startswith("left over")
 
 
+def test_reading_is_seen_by_what_is_open(soak, tmp_path):
+    run = write_run(soak, tmp_path / "run", range(4, 5))
+    reading = soak.folder.reading_checkpoint
+    assert not reading([os.getpid()], run)
+    with (run / "checkpoints" / "step-00000004" / "rank-00000.safetensors").open("rb"):
+        assert reading([os.getpid()], run)
+        assert not reading([os.getpid()], tmp_path / "other")
+    assert not reading([os.getpid()], run)
+
+
 def test_invariants_after_a_kill(soak, tmp_path):
     run = write_run(soak, tmp_path / "run", range(4, 13, 4))
     folder = soak.folder.Folder(run)
@@ -203,8 +213,8 @@ def test_trainer_that_forgets_a_moment_is_noticed(soak, tmp_path):
     forgets = """
 import llmtrain.checkpoint as checkpoint
 read_all = checkpoint.FragmentReader.read_all
-def forgetful(self, wanted):
-    read_all(self, [each for each in wanted if each.kind != "exp_avg"])
+def forgetful(self, wanted, *rest):
+    return read_all(self, [each for each in wanted if each.kind != "exp_avg"], *rest)
 checkpoint.FragmentReader.read_all = forgetful
 """
     path = [str(SCRIPTS.parent / part) for part in ("", "kernels", "data_prep", "eval")]

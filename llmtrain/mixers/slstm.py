@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from einops import einsum, rearrange
 from llmtrain_kernels.causal_conv import causal_conv
-from llmtrain_kernels.slstm import BACKENDS, FORGET_GATES, select_backend, slstm
+from llmtrain_kernels.slstm import BACKENDS, FORGET_GATES, cost, select_backend, slstm
 from torch import Tensor, nn
 
 from llmtrain.context import SequenceContext
@@ -171,7 +171,10 @@ class SLSTM(Mixer):
 
     def kept_bytes(self, dtype: torch.dtype, *, compiled: bool) -> float:
         size, wide = dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize
-        kept = (8 * wide + 4 * size) * self.d_model  # gates, c, n, m, h; operands of BlockLinear
+        # auto counts as the loop, which keeps more: a plan does not know the machine.
+        backend = "triton" if self.backend == "triton" else "loop"
+        forward, _ = cost(1, heads=self.n_heads, v_width=self.v_width, dtype=dtype, backend=backend)
+        kept = forward.saved_bytes + 4 * size * self.d_model  # operands of BlockLinear
         convolved = 0 if compiled or self.d_conv is None else self.d_model
         return kept + wide * convolved
 

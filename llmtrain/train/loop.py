@@ -79,12 +79,10 @@ class Run:
         self.knobs = setup.config["train"]
         self.rows = setup.plan.rows
         self.step_tokens = self.rows * setup.plan.seq_len
-        self.start = resume.choose(self.knobs["resume"], setup.run_dir, self.world)
-        trainer = {}
+        candidates = resume.Candidates.of(self.knobs["resume"], setup.run_dir, self.world)
+        self.start, trainer = candidates.first(), {}
         if self.start is not None:
-            trainer = resume.read_trainer(self.start)
-            resume.check_config(self.start, setup.config)
-            resume.check_corpus(self.start, trainer, setup.loader.fingerprint)
+            self.check_start(self.start)  # before the engine takes its time
         self.faults = faults.Faults(setup.faults, rank=self.world.rank, run_dir=setup.run_dir)
         self.guard = Guard(setup.guard)
         self.meter = assembly.meter(setup)
@@ -92,11 +90,15 @@ class Run:
         self.generators = resume.generators(self.device)  # as they are before the first step
         self.step = 0
         if self.start is not None:
-            self.load(self.start)
+            self.start = candidates.load(self.load_start)
+            trainer = resume.read_trainer(self.start)
+            resume.settle_on(self.start, setup.run_dir, self.world)
         self.saved_step = self.first_step = self.step
         self.course = self.known_course(trainer)
         self.run_id = resume.claim_run_id(setup.run_dir, self.start, trainer, self.world)
         self.saver = assembly.saver(setup, self.engine, watchdog)
+        if self.start is not None:
+            self.saver.writer.retention.written(self.start)  # just read, and good
         self.saver.writer.retention.suspect = self.guard.suspect
         self.saver.writer.delete_old(self.step)  # of which a kill may have kept the last start
         self.comparison = Comparison(
@@ -108,6 +110,7 @@ class Run:
         )
         self.held_out = assembly.held_out(setup)
         self.validated: dict[str, float] = {}
+        self.validation_due = trainer.get("validation_due", False)
         self.log = self.open_log()
         if self.start is not None:
             announce_resume(setup.schedule, setup.optimizer.lr, trainer)
@@ -122,8 +125,19 @@ class Run:
             last_step=setup.plan.steps,
         )
 
+    def check_start(self, path: Path) -> None:
+        """ValueError unless a checkpoint is of this training."""
+        resume.check_config(path, self.setup.config)
+        fingerprint = self.setup.loader.fingerprint
+        resume.check_corpus(path, resume.read_trainer(path), fingerprint)
+
+    def load_start(self, path: Path) -> None:
+        self.check_start(path)
+        self.load(path)
+
     def load(self, path: Path) -> None:
-        """Everything as after the step of a checkpoint, whatever was done before."""
+        """Everything as after the step of a checkpoint, whatever was done before. BadCheckpoint
+        for a damaged one; then another is to be loaded."""
         trainer = resume.read_trainer(path)
         resume.set_generators(self.generators, self.device)
         resume.restore(path, self.engine, trainer)
@@ -167,6 +181,8 @@ class Run:
 
     def train(self) -> dict:
         """All steps, or those until a signal; then the last checkpoint. Returns the summary."""
+        if self.validation_due:
+            self.validate()
         while self.guard.stretch or (self.step < self.setup.plan.steps and not self.stopping):
             if self.guard.stretch:
                 self.roll_back()
@@ -174,7 +190,7 @@ class Run:
                 self.steps(batches)
             self.results.read()
         self.watch.at("save")
-        self.saver.settle()  # ends here, on all ranks, when saves kept failing
+        self.saver.at_end()  # ends here, on all ranks, when saves kept failing
         if self.stopping:
             self.log.say(f"stopped on request at step {self.step}; the same command continues")
         elif self.validated.get("step") != self.step:
@@ -222,10 +238,11 @@ class Run:
         self.saver.settle()
         self.report_saves()  # of the course that ends here
         self.saver.latest = None
-        path = rollback.choose(run_dir, skips[0].step, self.start, self.world)
+        path = rollback.go_back(run_dir, skips[0].step, self.start, self.load, self.world)
         data = self.course.data
         first, end = data.at(skips[0].step - 1), data.at(skips[-1].step - 1) + 1
-        self.start_over() if path is None else self.load(path)
+        if path is None:
+            self.start_over()
         self.saved_step = self.step
         self.course = self.course.next(first, end)
         self.validated, self.comparison.compared_step = {}, None
@@ -314,6 +331,9 @@ class Run:
                 "data_fingerprint": self.setup.loader.fingerprint,
                 "data_stream": self.setup.loader.stream_hash,
                 "interval": self.meter.state(),
+                # A stop does not wait for a validation; who continues makes up for it.
+                "validation_due": self.step % self.knobs["val_every"] == 0
+                and self.validated.get("step") != self.step,
                 "run_id": self.run_id,
             }
             states = resume.generators(self.device)

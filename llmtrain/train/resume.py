@@ -9,6 +9,7 @@ import logging
 import re
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from llmtrain import checkpoint
 from llmtrain.checkpoint import BadCheckpoint, FragmentReader, Wanted
 from llmtrain.config import diff
 from llmtrain.distributed import World, broadcast_object, gather_objects
+from llmtrain.fragments import check_parameters
 from llmtrain.train.engine import Engine
 
 log = logging.getLogger(__name__)
@@ -84,33 +86,51 @@ WRITTEN = (
 )
 
 
-def choose(resume: str, run_dir: Path, world: World) -> Path | None:
-    """The checkpoint to continue from, verified, or None to start from scratch. All ranks call it:
-    each reads its share of every candidate.
+@dataclass
+class Candidates:
+    """What a start may continue from, the newest first, without what was found damaged. All ranks
+    call every method.
 
-    resume: auto, never, or a checkpoint or run folder.
+    resume: train.resume: auto, never, or a checkpoint or run folder.
     """
-    candidates = first_decides(lambda: find(resume, run_dir), world)
-    if candidates == [Path(resume)]:  # this one and no other
-        refuse_together(candidates[0], world)
-        path = candidates[0]
-    else:
-        path = first_good(candidates, world)
-    if path is not None:
-        first_decides(lambda: settle_on(path, run_dir), world)
-    elif candidates:
-        raise ValueError(
-            f"train.resume={resume}: every checkpoint in {candidates[0].parent} is damaged (named "
-            "above), expected one to continue from; set train.resume=never to start over"
-        )
-    return path
+
+    resume: str
+    run_dir: Path
+    world: World
+    paths: list[Path]
+
+    @classmethod
+    def of(cls, resume: str, run_dir: Path, world: World) -> Candidates:
+        return cls(resume, run_dir, world, first_decides(lambda: find(resume, run_dir), world))
+
+    def first(self) -> Path | None:
+        """The one to begin with, its tensors not read yet; None: start from scratch."""
+        return self.load(lambda path: None)
+
+    def load(self, load: Callable[[Path], None]) -> Path | None:
+        """The first that load(path) takes; damaged ones (BadCheckpoint) are named in the log."""
+        if self.paths == [Path(self.resume)]:  # this one and no other
+            load_together(self.paths[0], load, self.world)
+            path = self.paths[0]
+        else:
+            path = first_loaded(self.paths, load, self.world)
+        if path is not None:
+            self.paths = self.paths[self.paths.index(path) :]
+            first_decides(lambda: refuse_foreign(path, self.run_dir), self.world)
+        elif self.paths:
+            raise ValueError(
+                f"train.resume={self.resume}: every checkpoint in {self.paths[0].parent} is "
+                "damaged (named above), expected one to continue from; set train.resume=never to "
+                "start over"
+            )
+        return path
 
 
-def first_good(candidates: list[Path], world: World) -> Path | None:
-    """The first checkpoint of these that verifies; damaged ones are named in the log."""
+def first_loaded(candidates: list[Path], load: Callable[[Path], None], world: World) -> Path | None:
+    """The first checkpoint of these that load(path) takes; damaged ones are named in the log."""
     for path in candidates:
         try:
-            refuse_together(path, world)
+            load_together(path, load, world)
         except BadCheckpoint as error:
             log.warning("not used: %s", error)
         else:
@@ -118,10 +138,12 @@ def first_good(candidates: list[Path], world: World) -> Path | None:
     return None
 
 
-def refuse_together(path: Path, world: World) -> None:
-    """BadCheckpoint on all ranks when one of them finds it damaged; each reads its share."""
-    found = gather_objects(checkpoint.problems(path, rank=world.rank, size=world.size), world)
-    checkpoint.refuse(path, list(dict.fromkeys(itertools.chain(*found))))
+def load_together(path: Path, load: Callable[[Path], None], world: World) -> None:
+    """load(path), which verifies the tensors, after everything else is. BadCheckpoint on all
+    ranks for a damaged one."""
+    found = first_decides(lambda: checkpoint.problems_but_tensors(path), world)
+    checkpoint.refuse(path, found)
+    load(path)
 
 
 def first_decides(action: Callable[[], T], world: World) -> T:
@@ -181,8 +203,8 @@ def started_from(run_dir: Path) -> str | None:
         return None
 
 
-def settle_on(path: Path, run_dir: Path) -> None:
-    """Refuse what another run made, and set aside what is not continued."""
+def refuse_foreign(path: Path, run_dir: Path) -> None:
+    """ValueError for what another run made."""
     theirs, ours = read_trainer(path).get("run_id"), read_run_id(run_dir)
     inside = run_dir.resolve() in path.resolve().parents
     if inside and ours and theirs and ours != theirs:
@@ -192,7 +214,6 @@ def settle_on(path: Path, run_dir: Path) -> None:
             f"of one; move this one away, or start a run from it with train.resume={path} and a "
             "new run_dir"
         )
-    set_later_aside(run_dir, checkpoint.read_manifest(path).step)
 
 
 def read_run_id(run_dir: Path) -> str | None:
@@ -226,6 +247,11 @@ def claim_run_id(run_dir: Path, start: Path | None, trainer: dict, world: World)
         return run_id
 
     return first_decides(claim, world)
+
+
+def settle_on(path: Path, run_dir: Path, world: World) -> None:
+    """Set aside what is not continued. All ranks call it, when a checkpoint was loaded."""
+    first_decides(lambda: set_later_aside(run_dir, checkpoint.read_manifest(path).step), world)
 
 
 def set_later_aside(run_dir: Path, step: int) -> None:
@@ -294,16 +320,23 @@ def matches(key: str, patterns: tuple[str, ...]) -> bool:
 
 
 def restore(path: Path, engine: Engine, trainer: dict) -> None:
-    """Weights, optimizer state and, at the same number of ranks, random generators."""
-    reader = FragmentReader(path)
-    reader.check_parameters(engine.shapes)
-    reader.read_all(
+    """Weights, optimizer state and, at the same number of ranks, random generators.
+
+    BadCheckpoint on all ranks when one of them finds it damaged; the engine then holds nothing that
+    is of use until another one is restored.
+    """
+    world = engine.world
+    check_parameters(path, checkpoint.read_manifest(path), engine.shapes)
+    wanted = [
         Wanted(kind=kind, name=fragment.name, offset=fragment.offset, out=view)
         for fragment in engine.to_load()
         for kind, view in fragment.views.items()
-    )
+    ]
+    found = checkpoint.load(path, wanted, rank=world.rank, size=world.size)
+    found = itertools.chain(*gather_objects(found, world))
+    checkpoint.refuse(path, list(dict.fromkeys(found)))
     engine.loaded(trainer["optimizer_steps"])
-    world = engine.world
+    reader = FragmentReader(path)
     if reader.manifest.world_size == world.size:
         set_generators({k: reader.ranks_key(k, world.rank) for k in GENERATORS}, engine.device)
 

@@ -1,5 +1,8 @@
 """Which checkpoints stay: the newest `keep` good ones, and those at every `keep_every` steps.
 
+Of a course that was left (step-N.superseded-1) one stays until the new course has `keep` good ones
+from step N on: when one of the new course at that step would go, `keep_every` aside.
+
 What was written, or read and found good, by this process is good as long as its files are the same
 (size, inode, time of change); anything else is read once before an older one goes in its favour.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +19,7 @@ from llmtrain.checkpoint import list_checkpoints, problems
 
 log = logging.getLogger(__name__)
 
+SUPERSEDED = re.compile(r"step-(\d{8,})\.superseded-\d+")
 Signature = dict[str, tuple[int, int, int]]
 
 
@@ -57,7 +62,8 @@ class Retention:
         sound = suspect is None  # one from before the suspected steps is kept
         # later ones are of a course that was left
         found = [(at, path) for at, path in list_checkpoints(self.run_dir) if at <= step]
-        if len(found) <= self.keep:
+        left = list_superseded(self.run_dir)
+        if len(found) + bool(left) <= self.keep:
             return
         for at, path in reversed(found):
             before = suspect is None or at < suspect
@@ -65,6 +71,9 @@ class Retention:
                 is_good = self.is_good(path)
                 good += is_good
                 sound |= is_good and before
+                if is_good and good == self.keep:
+                    for path in [path for passed, path in left if passed <= at]:
+                        self.delete(path)
             elif not self.keep_every or at % self.keep_every:
                 self.delete(path)
 
@@ -77,6 +86,17 @@ class Retention:
             shutil.rmtree(doomed)
         except OSError as error:
             log.warning("an old checkpoint could not be deleted: %s", error)
+
+
+def list_superseded(run_dir: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the checkpoints that were set aside."""
+    folder = run_dir / "checkpoints"
+    found = []
+    for path in folder.glob("step-*.superseded-*") if folder.is_dir() else ():
+        match = SUPERSEDED.fullmatch(path.name)
+        if match and path.is_dir():
+            found.append((int(match.group(1)), path))
+    return sorted(found)
 
 
 def signature(path: Path) -> Signature:

@@ -7,7 +7,7 @@ ledger knows of it, so a start reads there what its checkpoint does not know yet
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,14 +65,17 @@ def rollbacks(run_dir: Path) -> list[dict]:
     return [line for line in ledger if line.get("event") == "rollback"]
 
 
-def choose(run_dir: Path, first: int, start: Path | None, world: World) -> Path | None:
-    """The newest good checkpoint from before step `first`, or where this run started (None: from
-    scratch). All ranks call it. RunFailed when there is none though there should be."""
+def go_back(
+    run_dir: Path, first: int, start: Path | None, load: Callable[[Path], None], world: World
+) -> Path | None:
+    """Load the newest good checkpoint from before step `first`, or where this run started (None:
+    from scratch); returns it. All ranks call it. RunFailed when there is none though there should
+    be."""
     older = broadcast_object(
         [path for step, path in reversed(checkpoint.list_checkpoints(run_dir)) if step < first],
         world,
     )
-    path = resume.first_good(older, world)
+    path = resume.first_loaded(older, load, world)
     if path is not None:
         return path
     wrong = f"rollback: steps from {first} on went wrong, but"
@@ -84,7 +87,7 @@ def choose(run_dir: Path, first: int, start: Path | None, world: World) -> Path 
         )
     if start is not None:
         try:
-            resume.refuse_together(start, world)
+            resume.load_together(start, load, world)
         except BadCheckpoint as error:
             raise RunFailed(f"{wrong} {error}") from error
     return start

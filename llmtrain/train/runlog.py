@@ -282,10 +282,11 @@ CONSOLE = {
     "write_seconds": "written in {:.2f} s",
     "bytes_per_second": "{:,.0f} bytes/s",
     "stall_seconds": "training waited {:.3f} s",
+    "end_wait_seconds": "the end waited {:.3f} s",
 }
 
 # Shown only when there was any.
-QUIET = ("guard/skipped", "guard/rollbacks", "data_wait_seconds")
+QUIET = ("guard/skipped", "guard/rollbacks", "data_wait_seconds", "end_wait_seconds")
 
 
 def console_line(step: int, total: int, kind: str, values: dict[str, float]) -> str:

@@ -5,7 +5,8 @@
                 and optimizer state), and starts the thread
     the thread  writes and commits (checkpoint.py), talking to the other ranks in a process group
                 of its own, so that no collective of the training meets one of a save
-    settle()    waits for the thread; finish() fails if the last save did
+    settle()    waits for the thread; at_end() too, after the last step, which is no stall;
+                finish() fails if the last save did
 
 All ranks learn one outcome of each save, in the thread. A failure is told at once and counted;
 training goes on and the next save is another try. After `failures` of them in a row `exhausted` is
@@ -41,11 +42,13 @@ POLL = 1.0
 
 @dataclass(kw_only=True)
 class Save:
-    """One save. stall_seconds: that training waited; write_seconds: from the copy until durable;
-    bytes: of all ranks' files; failure: why there is no such checkpoint."""
+    """One save. stall_seconds: that training waited; end_wait_seconds: that the program did after
+    the last step; write_seconds: from the copy until durable; bytes: of all ranks' files; failure:
+    why there is no such checkpoint."""
 
     step: int
     stall_seconds: float = 0.0
+    end_wait_seconds: float = 0.0
     write_seconds: float = 0.0
     bytes: int = 0
     failure: SaveFailed | None = None
@@ -53,6 +56,7 @@ class Save:
     def metrics(self) -> dict[str, float]:
         return {
             "stall_seconds": self.stall_seconds,
+            "end_wait_seconds": self.end_wait_seconds,
             "write_seconds": self.write_seconds,
             "bytes": self.bytes,
             "bytes_per_second": self.bytes / self.write_seconds,
@@ -172,14 +176,18 @@ class Saver:
                 f"train.save_failures={self.limit}. The last one: {self.latest.failure}"
             )
 
-    def finish(self) -> None:
-        """Wait until the last save is durable; SaveFailed when it is not to be."""
+    def at_end(self) -> None:
+        """settle() after the last step: what it waits, no training waited."""
         began = time.perf_counter()
         self.settle()
         if self.latest is not None:
-            self.latest.stall_seconds += time.perf_counter() - began
-            if self.latest.failure is not None:
-                raise self.latest.failure
+            self.latest.end_wait_seconds += time.perf_counter() - began
+
+    def finish(self) -> None:
+        """Wait until the last save is durable; SaveFailed when it is not to be."""
+        self.at_end()
+        if self.latest is not None and self.latest.failure is not None:
+            raise self.latest.failure
 
     def take_finished(self) -> list[Save]:
         """The saves that ended since the last call, durable or failed."""

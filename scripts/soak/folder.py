@@ -194,13 +194,13 @@ class Folder:
 
 
 def reading_checkpoint(pids: list[int], folder: Path) -> bool:
-    """Whether one of the processes has a checkpoint's tensors mapped or open."""
+    """Whether one of the processes has a checkpoint's tensors open."""
     wanted = str(folder / "checkpoints")
     for pid in pids:
         try:
-            with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
-                if any(wanted in line and ".safetensors" in line for line in maps):
-                    return True
-        except (FileNotFoundError, ProcessLookupError):
+            opened = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]
+        except (FileNotFoundError, ProcessLookupError):  # ended, or closed a file meanwhile
             continue
+        if any(name.startswith(wanted) and ".safetensors" in name for name in opened):
+            return True
     return False

@@ -143,21 +143,53 @@ def damage_part(rows: Rows) -> list[str]:
     return [*parts, "### Whole folders and full disks", other_damage(rows)]
 
 
+def resume_part(rows: Rows) -> list[str]:
+    """Chains that were stopped and continued."""
+    same = [row for row in rows if "differences" not in row]
+    moved = [row for row in rows if "differences" in row]
+    equal = sum(row["equal"] for row in rows)
+    text = (
+        f"{len(rows)} trainings, {equal} of which ended as their undisturbed twins: {len(same)} "
+        f"continued as they were, bit for bit, {len(moved)} through other ranks or stages, beside "
+        f"one rank. Code: {commits(rows)}."
+    )
+    return ["## Stopped and continued", text, chains_table([*same, *moved])]
+
+
+def chains_table(rows: Rows) -> str:
+    """A chain a line, with the largest relative differences from the twin where it moved."""
+    lines = []
+    for row in rows:
+        first, found = row["legs"][0], row.get("differences", {})
+        legs = ", ".join(f"{leg['ranks']} x {leg['micro_steps']}" for leg in row["legs"])
+        stages = dict.fromkeys(str(leg["stage"]) for leg in row["legs"])
+        rest = ", ".join(first[name] for name in ("channel", "stack", "objective", "optimizer"))
+        line = [first["mixer"], ", ".join(stages), legs, rest]
+        line += [f"{found[name]:.0e}" if name in found else "0" for name in ("loss", "weights")]
+        lines.append([*line, f"{row['seconds']:.0f}", yes(row["equal"])])
+    head = ["mixer", "ZeRO", "ranks x micro-steps of each leg", "the rest", "loss differs"]
+    return table([*head, "weights differ", "seconds", "as it must be"], lines)
+
+
 def commits(rows: Rows) -> str:
     return ", ".join(sorted({row["commit"] for row in rows}))
 
 
 def write(out: Path) -> bool:
     """tables.md and soak.json; whether everything in them is as it must be."""
-    kills, damages = results.read(out, "kill"), results.read(out, "damage")
-    if not kills and not damages:
-        raise SystemExit(f"report: {out} has no rows, expected some; run kill or damage before")
-    parts = [*(kill_part(kills) if kills else []), *(damage_part(damages) if damages else [])]
-    wrong = problems(kills) + problems(damages)
+    makers = {"kill": kill_part, "damage": damage_part, "resume": resume_part}
+    content = {part: results.read(out, part) for part in makers}
+    if not any(content.values()):
+        raise SystemExit(
+            f"report: {out} has no rows, expected some; run kill, damage or resume before"
+        )
+    parts, wrong = [], []
+    for part, rows in content.items():
+        parts += makers[part](rows) if rows else []
+        wrong += problems(rows)
     if wrong:
         parts += ["## Problems", "\n".join(wrong)]
     (out / "tables.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    content = {"kill": kills, "damage": damages}
     (out / "soak.json").write_text(json.dumps(content) + "\n", encoding="utf-8")
     print("\n\n".join(parts))
     return not wrong

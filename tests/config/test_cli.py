@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,17 @@ def test_as_a_module():
     assert done.returncode == 2
     assert done.stderr.startswith("llmtrain: error: norm=x: no such option, expected one of")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("train", "--help"), ("--help",)])
+def test_reader_that_leaves_early(arguments):
+    """`llmtrain ... | head`: more than a pipe's buffer, and less."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "llmtrain.cli", *arguments]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_broken_pipe_inside_is_not_silent(monkeypatch, capfd):

@@ -91,6 +91,15 @@ def test_what_does_not_decay():
     assert set(mixer().no_weight_decay) == {"gate_bias"}
 
 
+def test_kept_bytes_follow_a_backend_that_is_named():
+    """auto counts as the loop: what runs is known only where it runs."""
+    kept = {
+        backend: mixer(backend=backend).kept_bytes(torch.bfloat16, compiled=True)
+        for backend in ("auto", "loop", "triton")
+    }
+    assert kept["auto"] == kept["loop"] == kept["triton"] + 4 * D
+
+
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [

@@ -155,6 +155,7 @@ def test_signal_saves_and_the_same_command_continues_bit_for_bit(
     configure, tmp_path, stage, number
 ):
     options = (f"deepspeed={stage}", "train.total_tokens=10240", "train.keep=9")
+    options += ("train.val_every=1",)  # the step of the stop too
     straight, broken = (configure(name, *options) for name in ("straight", "broken"))
     train(straight)
     before = signal.getsignal(number)
@@ -168,6 +169,9 @@ def test_signal_saves_and_the_same_command_continues_bit_for_bit(
     assert train(broken)["finished"]
     runs = tmp_path / "straight", tmp_path / "broken"
     assert lines(runs[0], "ledger") == lines(runs[1], "ledger")
+    validated = [[x for x in lines(run, "metrics") if x["kind"] == "val"] for run in runs]
+    assert len(validated[0]) == 40
+    assert validated[0] == validated[1]
     last = "checkpoints/step-00000040"
     assert same(runs[0] / last, runs[1] / last)
     assert lines(runs[1], "starts")[1]["resumed_step"] == stopped["step"]

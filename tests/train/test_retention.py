@@ -57,6 +57,31 @@ def test_the_newest_stay(start, tmp_path):
     assert not list((tmp_path / "checkpoints").glob(".tmp-*"))
 
 
+def test_a_course_that_was_left_goes_when_the_new_one_has_passed_it(start, tmp_path):
+    """... with as many good checkpoints as are kept."""
+    folder = tmp_path / "checkpoints"
+    save = start(keep=2, keep_every=3)
+    save(1, 2, 3, 4)
+    for step in (3, 4):
+        set_aside = f"step-{step:08d}.superseded-1"
+        (folder / f"step-{step:08d}").rename(folder / set_aside)
+
+    def left() -> list[str]:
+        return sorted(path.name for path in folder.glob("*superseded*"))
+
+    both = ["step-00000003.superseded-1", "step-00000004.superseded-1"]
+    assert save(3) == [3]
+    assert left() == both
+    assert save(4) == [3, 4]
+    assert left() == both[1:]
+    damage(tmp_path, 4)
+    assert save(5) == [3, 4, 5]
+    assert left() == both[1:]  # the newest two good ones are those of steps 3 and 5
+    assert save(6) == [3, 5, 6]
+    assert left() == []
+    assert not list(folder.glob(".tmp-*"))
+
+
 def test_every_so_many_steps_one_stays_for_good(start):
     assert start(keep=2, keep_every=4)(*range(1, 12)) == [4, 8, 10, 11]
     # those that stay anyway count among the newest

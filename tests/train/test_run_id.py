@@ -23,7 +23,10 @@ ALONE = World(rank=0, size=1, local_rank=0)
 def start(run_dir: Path, *steps: int, train_resume: str = "auto") -> Path | None:
     """What a start of a run does, as far as it matters here; writes checkpoints of these steps.
     Returns what it continued from."""
-    chosen = resume.choose(train_resume, run_dir, ALONE)
+    candidates = resume.Candidates.of(train_resume, run_dir, ALONE)
+    chosen = candidates.first() and candidates.load(checkpoint.verify)
+    if chosen is not None:
+        resume.settle_on(chosen, run_dir, ALONE)
     run_dir.mkdir(exist_ok=True)
     trainer = {} if chosen is None else resume.read_trainer(chosen)
     run_id = resume.claim_run_id(run_dir, chosen, trainer, ALONE)
@@ -122,7 +125,8 @@ def test_damaged_ones(tmp_path, caplog):
         start(run, train_resume=str(bad))
     assert start(tmp_path / "other", train_resume=str(run)).name == "step-00000001"
     assert start(run).name == "step-00000001"
-    assert "not used: checkpoint" in caplog.text
+    said = [text for text in caplog.messages if text.startswith("not used: checkpoint")]
+    assert len(said) == 2  # once by each start
     (run / "checkpoints" / "step-00000001" / "config.yaml").write_text("")
     with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged .*train.resume=never"):
         start(run)

@@ -151,6 +151,16 @@ def test_next_save_waits_for_the_one_before_and_says_so(make_saver, gate, caplog
     assert not outs[1].any()
 
 
+def test_wait_for_the_last_save_is_no_stall(make_saver, gate):
+    saver = make_saver()
+    saver.save(1, *state())
+    threading.Timer(0.5, gate.set).start()
+    saver.finish()
+    (save,) = saver.take_finished()
+    assert save.stall_seconds < 0.3
+    assert save.metrics()["end_wait_seconds"] > 0.3
+
+
 def test_host_memory_is_allocated_once_and_fits_other_fragments(make_saver):
     saver = make_saver()
     fragments, generators, trainer = state()

@@ -1,6 +1,8 @@
 """The norms' Triton kernels: as Triton's interpreter runs them on a CPU (in a process of its own),
 compiled for a GPU that need not be there, and on a GPU."""
 
+import functools
+import re
 from collections import defaultdict
 
 import pytest
@@ -9,6 +11,7 @@ from llmtrain_kernels import norm
 from llmtrain_kernels.launch import pinned, tables
 from llmtrain_kernels.norm import fused
 from offline import DEVICE, INTERPRETED, compile_for_hopper, hosts, run_in_interpreter, runs
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
@@ -193,13 +196,19 @@ def test_rows_of_any_size(form):
 
 @runs
 @pytest.mark.parametrize("form", ["rms", "add", "gate_last"])
-def test_launches_of_other_shapes_agree(form):
-    """Every number of rows, programs, stages and warps gives the same, partial tiles too."""
+def test_launches_of_other_shapes_agree(form, monkeypatch):
+    """Any number of rows, programs and stages, partial tiles, gains that are read every time."""
     tensors = inputs(form, (37, 40))
     exact = with_gradients(call(form, None, "reference"), tensors, {"": torch.float64})
     low = {n: z.float() for n, z in tensors.items()}
     x, residual, gate = (low.get(n) for n in ("x", "residual", "gate"))
-    for rows, programs, stages in ((1, 1, 2), (4, 3, 1), (16, 0, 1), (64, 1, 3)):
+    for rows, programs, stages, held in (
+        (1, 1, 2, 0),
+        (4, 3, 1, 64),
+        (16, 0, 1, 0),
+        (64, 1, 3, 64),
+    ):
+        monkeypatch.setattr(fused, "HELD", held)
         config = {"rows": rows, "programs": programs, "num_warps": 4, "num_stages": stages}
         given = (x, residual, gate, low["weight"], None)
         options = (40, False, False, False, False)
@@ -279,18 +288,112 @@ def test_compiles_as_one_graph(form):
 
 @runs
 def test_same_under_activation_checkpointing():
-    from torch.utils.checkpoint import checkpoint
+    tensors, function = inputs("add", (5, 24)), call("add", None, "triton")
 
-    tensors = inputs("add", (5, 24))
-    function = call("add", None, "triton")
+    def plain(*given):
+        return function(**dict(zip(tensors, given)))
+
     results = []
-    for run in (
-        lambda *z: function(**dict(zip(tensors, z))),
-        lambda *z: checkpoint(
-            lambda *y: function(**dict(zip(tensors, y))), *z, use_reentrant=False
-        ),
-    ):
-        leaves = [keep_strides(z, torch.float32) for z in tensors.values()]
+    for run in (plain, functools.partial(checkpoint, plain, use_reentrant=False)):
+        leaves = [z.float().requires_grad_() for z in tensors.values()]
         y, h = run(*leaves)
         results.append([y, h, *torch.autograd.grad((y.square() + h).sum(), leaves)])
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+ENTRIES = [
+    (name, entry.get("up_to", fused.WIDEST))
+    for name, entries in tables("h100").items()
+    if "norm" in name and name != "norm_sum"
+    for entry in entries
+]
+
+
+def compiled(name, width, form):
+    """Facts of a table's kernel for contiguous bfloat16 rows of that width and float32 gains."""
+    from llmtrain_kernels.norm import kernels
+
+    config = pinned(name, "h100", width)
+    tiled, backward = fused.tile(width, config), name.endswith("bwd")
+    given = dict.fromkeys(("p_x", "p_y", "p_dy", "p_dx"), "*bf16")
+    if "add" in form:
+        given |= {"p_residual": "*bf16", "p_h": "*bf16", "p_dh": "*bf16"}
+    if "gate" in form or "sigmoid" in form:
+        given |= {"p_gate": "*bf16", "p_dgate": "*bf16"}
+    wide = ["p_weight", "p_rstd", "p_partial"]
+    wide += ["p_bias"] if "bias" in form else []
+    wide += ["p_mean"] if "layer" in form else []
+    given |= dict.fromkeys(wide, "*fp32")
+    kernel = kernels.norm_bwd_kernel if backward else kernels.norm_fwd_kernel
+    names = [parameter.name for parameter in kernel.params]
+    outer = tuple(n for n in names if n.endswith("_outer"))
+    types = defaultdict(lambda: "i32", {**given, "eps": "fp32"})
+    constants = {n: None for n in names if n.startswith("p_") and n not in given}
+    constants |= {"inner": 1, "G": 1, "W": width, **dict.fromkeys(("ZERO_CENTERED", "SAVE"), True)}
+    constants |= {"CENTERED": "layer" in form, "GATE_FIRST": form == "gate_first"}
+    constants |= {"SIGMOID": "sigmoid" in form, **fused.backward_options(tiled)}
+    constants |= {key: value for key, value in tiled.items() if key != "num_warps"}
+    warps = {"num_warps": tiled["num_warps"], "num_stages": tiled["STAGES"]}
+    constants = {n: value for n, value in constants.items() if n in names}
+    return compile_for_hopper(kernel, types, constants, divisible=outer, **warps), config
+
+
+@hosts
+@pytest.mark.parametrize(("name", "width"), ENTRIES)
+def test_registers_suffice(name, width):
+    """No spills, but for gradients of the widest rows, and 16 bytes at a time of every row."""
+    forms = {"norm": ["rms"], "add": ["add"], "gated": ["gate_first", "gate_last"]}
+    forms = forms[name.split("_")[0]]
+    if name.startswith("norm") and width == 4096:
+        forms = [*forms, "layer_bias"]
+    for form in forms:
+        facts, config = compiled(name, width, form)
+        assert facts.spilled == 0 or (width == fused.WIDEST and name.endswith("bwd")), form
+        moved = re.findall(r"(?:cp\.async\.cg|(?:ld|st)\.global\S*\.v4)", facts.ptx)
+        assert len(moved) >= 2 * config["rows"] * width / 8 / (32 * config["num_warps"]), form
+
+
+@hosts
+def test_sum_of_partials_compiles():
+    from llmtrain_kernels.norm.kernels import norm_sum_kernel
+
+    config = dict(pinned("norm_sum", "h100", 4096))
+    constants = {"p_dbias": None, "D": 4096, "ROWS": config["rows"], "BLOCK": config["block"]}
+    types = {"p_partial": "*fp32", "p_dweight": "*fp32", "programs": "i32"}
+    facts = compile_for_hopper(norm_sum_kernel, types, constants, num_warps=config["num_warps"])
+    assert facts.spilled == 0
+    assert ".v4" in facts.ptx
+
+
+@pytest.mark.gpu
+@hosts
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", [(16384, 4096), (4, 1000, 16, 128), (512, 5632)], ids=str)
+def test_bfloat16_errs_as_torch_does(form, shape):
+    """Against float64; gains and offsets are float32 for both. And the same twice."""
+    tensors = {n: z.bfloat16() for n, z in inputs(form, shape).items()}
+    dtypes = {"": torch.bfloat16, "weight": torch.float32, "bias": torch.float32}
+    exact = with_gradients(call(form, None, "reference"), tensors, {"": torch.float64})
+    theirs = with_gradients(call(form, None, "torch"), tensors, dtypes)
+    got, again = (with_gradients(call(form, None, "triton"), tensors, dtypes) for _ in range(2))
+    for mine, torchs in zip(errors(got, exact), errors(theirs, exact), strict=True):
+        assert mine <= 1.1 * torchs + 1e-6
+    torch.testing.assert_close(got, again, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@hosts
+def test_in_a_cuda_graph_and_in_compiled_code():
+    tensors = {n: z.bfloat16() for n, z in inputs("add", (512, 2048)).items()}
+    function = call("add", None, "triton")
+    expected = with_gradients(function, tensors, {"": torch.bfloat16})
+    compiled_function = torch.compile(function, fullgraph=True)
+    got = with_gradients(compiled_function, tensors, {"": torch.bfloat16})
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        captured = function(**tensors)
+    for z in captured:
+        z.fill_(float("nan"))
+    graph.replay()
+    torch.testing.assert_close(list(captured), expected[:2], rtol=0, atol=0)

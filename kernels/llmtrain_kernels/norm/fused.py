@@ -40,7 +40,8 @@ def launch_forward(
     """(y, h, mean, reciprocal root); what is not wanted is empty. config: None for the pinned."""
     from llmtrain_kernels.norm.kernels import norm_fwd_kernel
 
-    assert weight.is_contiguous() and (bias is None or bias.is_contiguous())
+    assert weight.is_contiguous()
+    assert bias is None or bias.is_contiguous()
     y, h, mean, rstd = outputs(x, residual, gate, group_width, centered, save)
     (x, residual, gate), rows, inner, strides = rows_of((x, residual, gate))
     assert rows < 2**31
@@ -127,8 +128,7 @@ def launch_backward(
             ZERO_CENTERED=zero_centered,
             GATE_FIRST=gate_first,
             SIGMOID=sigmoid,
-            SUM_ROWS=tiled["BLOCK"] >= 32 * VECTOR * tiled["num_warps"],
-            HOLD=tiled["BLOCK"] <= HELD,
+            **backward_options(tiled),
             **tiled,
         )
         sum_config = sum_config or launch("norm_sum", x.device, width)
@@ -176,6 +176,12 @@ def tile(group_width: int, config: dict[str, int]) -> dict[str, int]:
         "STAGES": config["num_stages"],
         "num_warps": config["num_warps"],
     }
+
+
+def backward_options(tiled: dict[str, int]) -> dict[str, bool]:
+    """SUM_ROWS where a thread has its columns of all rows of a tile."""
+    across = tiled["BLOCK"] >= 32 * VECTOR * tiled["num_warps"]
+    return {"SUM_ROWS": across, "HOLD": tiled["BLOCK"] <= HELD}
 
 
 def outputs(
@@ -288,6 +294,7 @@ def gradients(ctx, dy, dh, dmean, drstd):
     if dy is None:
         dy = torch.zeros_like(x if gate is None else gate)
     saved = (x, gate, weight, bias, mean, rstd)
+    dh = dh if ctx.added else None  # else h is empty, and so would be its gradient
     dx, dgate, dweight, dbias = backward(dy, dh, *saved, *ctx.options, ctx.added)
     optional = (
         dx if ctx.added else None,

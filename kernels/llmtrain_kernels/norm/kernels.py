@@ -213,6 +213,8 @@ def norm_bwd_kernel(
             b_mean = tl.load(p_mean + o_row, mask=m_row, other=0.0)[:, None]
             b_x = tl.where(mask, b_x - b_mean, 0.0)
         b_x = b_x * b_rstd  # normalised
+        if not HOLD:
+            b_gain = read_gain(p_weight, o_col, m_col, ZERO_CENTERED)
         if p_gate is not None and not GATE_FIRST:
             b_dz = b_x * b_gain
             if p_bias is not None:
@@ -226,8 +228,6 @@ def norm_bwd_kernel(
             b_dgain += b_dy * b_x
         if p_bias is not None:
             b_dbias += tl.sum(b_dy, 0, keep_dims=True) if SUM_ROWS else b_dy
-        if not HOLD:
-            b_gain = read_gain(p_weight, o_col, m_col, ZERO_CENTERED)
         b_dx = b_dy * b_gain
         b_along = tl.sum(b_dx * b_x, 1) / W
         if CENTERED:

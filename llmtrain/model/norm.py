@@ -75,7 +75,7 @@ class GatedRMSNorm(nn.Module):
     """norm(y * silu(z)) or norm(y) * silu(z), of z's dtype, with one gain a channel, first 1.
 
     norm divides by the root mean square over each of so many groups of neighbouring channels. In
-    float32 (at least), rounded once. Ours: gates are clamped at 1e4 (GATE_LIMIT of
+    float32 (at least). Ours: gates are clamped at 1e4 (GATE_LIMIT of
     llmtrain_kernels.norm), so that no finite value of them makes a NaN.
     """
 

@@ -7,6 +7,7 @@ Saved for the backward pass: x, or h if there was a residual; the gate; the gain
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def launch_forward(
     gate_first: bool,
     sigmoid: bool,
     save: bool,
-    config: dict[str, int] | None = None,
+    config: Mapping[str, int] | None = None,
 ) -> Outputs:
     """(y, h, mean, reciprocal root); what is not wanted is empty. config: None for the pinned."""
     from llmtrain_kernels.norm.kernels import norm_fwd_kernel
@@ -90,12 +91,11 @@ def launch_backward(
     gate_first: bool,
     sigmoid: bool,
     added: bool,
-    config: dict[str, int] | None = None,
-    sum_config: dict[str, int] | None = None,
+    config: Mapping[str, int] | None = None,
 ) -> Outputs:
     """(dx, dgate, dweight, dbias); what is not wanted is empty. x: h if there was a residual, and
-    then `added` is true; config: of norm_bwd_kernel, sum_config: of norm_sum_kernel."""
-    from llmtrain_kernels.norm.kernels import norm_bwd_kernel, norm_sum_kernel
+    then `added` is true. config: None for the pinned."""
+    from llmtrain_kernels.norm.kernels import norm_bwd_kernel
 
     dx, dgate, dweight, dbias = gradients_of(x, gate, weight, bias)
     (dy, dh, x, gate), rows, inner, strides = rows_of((dy, dh, x, gate))
@@ -131,18 +131,32 @@ def launch_backward(
             **backward_options(tiled),
             **tiled,
         )
-        sum_config = sum_config or launch("norm_sum", x.device, width)
-        norm_sum_kernel[(-(-width // sum_config["block"]), sums)](
+    add_partials(partial, dweight, dbias if bias is not None else None)
+    return dx, dgate, dweight, dbias
+
+
+def add_partials(
+    partial: Tensor,
+    dweight: Tensor,
+    dbias: Tensor | None,
+    config: Mapping[str, int] | None = None,
+) -> None:
+    """Write the sums over the programs, partial [programs, 1 or 2, D], to dweight and dbias [D]."""
+    from llmtrain_kernels.norm.kernels import norm_sum_kernel
+
+    programs, sums, width = partial.shape
+    config = config or launch("norm_sum", partial.device, width)
+    with torch.cuda.device_of(partial):
+        norm_sum_kernel[(-(-width // config["block"]), sums)](
             partial,
             dweight,
-            dbias if bias is not None else None,
+            dbias,
             programs,
             width,
-            ROWS=sum_config["rows"],
-            BLOCK=sum_config["block"],
-            num_warps=sum_config["num_warps"],
+            ROWS=config["rows"],
+            BLOCK=config["block"],
+            num_warps=config["num_warps"],
         )
-    return dx, dgate, dweight, dbias
 
 
 def table(added: bool, gated: bool) -> str:
@@ -150,7 +164,9 @@ def table(added: bool, gated: bool) -> str:
     return "add_norm" if added else "gated_norm" if gated else "norm"
 
 
-def grid(device: torch.device, rows: int, groups: int, config: dict[str, int]) -> tuple[int, int]:
+def grid(
+    device: torch.device, rows: int, groups: int, config: Mapping[str, int]
+) -> tuple[int, int]:
     """Programs that walk over the rows, and groups. config["programs"]: of all, on a processor;
     0: one for every tile."""
     tiles = max(1, -(-rows // config["rows"]))
@@ -168,7 +184,7 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def tile(group_width: int, config: dict[str, int]) -> dict[str, int]:
+def tile(group_width: int, config: Mapping[str, int]) -> dict[str, int]:
     """What of a launch the kernels are compiled for."""
     return {
         "ROWS": config["rows"],

@@ -1,8 +1,9 @@
 """The norms by torch's own operators, which keep x and one statistic a row for the backward pass.
 
 Gains and offsets are cast to x's dtype, as torch's fused norms ask. Where groups have gains of
-their own, or a gate follows, it is an operation after the norm. Arguments as the functions of
-op.py.
+their own, or a gate follows, it is an operation after the norm, and one more rounding where x is
+half precision. silu is float32 (at least), sigmoid of the gate's dtype. Arguments as the functions
+of op.py.
 """
 
 from __future__ import annotations
@@ -69,10 +70,9 @@ def gated_rms_norm(
     norm_before_gate: bool,
     activation: str = "silu",
 ) -> Tensor:
-    """In at least float32 from the start, rounded once."""
     opened = activated(gate, activation)
     if norm_before_gate:
-        y = rms_norm(x.to(opened.dtype), weight, eps=eps, group_width=group_width) * opened
+        y = rms_norm(x, weight, eps=eps, group_width=group_width) * opened
     else:
         y = rms_norm(x * opened, weight, eps=eps, group_width=group_width)
     return y.to(gate.dtype)
@@ -89,10 +89,9 @@ def gated_layer_norm(
     norm_before_gate: bool,
     activation: str = "silu",
 ) -> Tensor:
-    """In at least float32 from the start, rounded once."""
     opened = activated(gate, activation)
     if norm_before_gate:
-        y = layer_norm(x.to(opened.dtype), weight, bias, eps=eps, group_width=group_width) * opened
+        y = layer_norm(x, weight, bias, eps=eps, group_width=group_width) * opened
     else:
         y = layer_norm(x * opened, weight, bias, eps=eps, group_width=group_width)
     return y.to(gate.dtype)
@@ -103,6 +102,8 @@ def cast(weight: Tensor, like: Tensor) -> Tensor:
 
 
 def activated(gate: Tensor, activation: str) -> Tensor:
-    """silu or sigmoid of the gate, in at least float32."""
-    gate = gate.to(torch.promote_types(gate.dtype, torch.float32)).clamp(-GATE_LIMIT, GATE_LIMIT)
-    return F.silu(gate) if activation == "silu" else gate.sigmoid()
+    """silu of the gate, in at least float32, or its sigmoid."""
+    if activation == "sigmoid":
+        return gate.clamp(-GATE_LIMIT, GATE_LIMIT).sigmoid()
+    gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
+    return F.silu(gate.clamp(-GATE_LIMIT, GATE_LIMIT))

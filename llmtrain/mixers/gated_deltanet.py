@@ -38,10 +38,9 @@ from llmtrain.mixers.base import Mixer, State
 from llmtrain.mixers.checks import check_backend, check_rates, check_sizes
 from llmtrain.model.init import depth_std, fill_time_steps
 from llmtrain.model.linear import Linear
-from llmtrain.model.norm import RMSNorm
+from llmtrain.model.norm import GatedRMSNorm, RMSNorm
 
 L2_EPS = 1e-6  # added to the squared norm of queries and keys, as published models have it
-GATE_LIMIT = 1e4  # of |W_z x|
 FIRST_DECAYS = (0.001, 0.1, 0.01, 16.0)  # dt_min, dt_max and A_range unless they are given
 
 
@@ -106,7 +105,8 @@ class GatedDeltaNet(Mixer):
         self.dt_bias = nn.Parameter(torch.empty(n_v_heads)) if decay else None
         if not decay:
             self.no_weight_decay = ()
-        self.norm = RMSNorm(self.v_width, eps=norm_eps)
+        gated = GatedRMSNorm(self.v_width, before_gate=True, eps=norm_eps)
+        self.norm = gated if output_gate else RMSNorm(self.v_width, eps=norm_eps)
         self.out_proj = Linear(values, d_model, init_std=depth_std(init_std, n_layers))
 
     def reset_parameters(self) -> None:
@@ -156,14 +156,14 @@ class GatedDeltaNet(Mixer):
             chunk=self.chunk,
             backend=self.backend,
         )
-        o_BTF = rearrange(self.norm(o_BTHV), "b t h v -> b t (h v)")
-        if self.z_proj is not None:
-            z_BTF = self.z_proj(x_BTD)
-            z_BTF = z_BTF.to(torch.promote_types(z_BTF.dtype, torch.float32))
-            o_BTF = (o_BTF * F.silu(z_BTF.clamp(-GATE_LIMIT, GATE_LIMIT))).to(o_BTF.dtype)
+        if self.z_proj is None:
+            o_BTHV = self.norm(o_BTHV)
+        else:
+            z_BTHV = rearrange(self.z_proj(x_BTD), "b t (h v) -> b t h v", h=self.n_v_heads)
+            o_BTHV = self.norm(o_BTHV, z_BTHV)
         if state is not None:
             state = {"conv": conv_state.to(state["conv"].dtype), "s": s_BHKV.to(state["s"].dtype)}
-        return self.out_proj(o_BTF), state
+        return self.out_proj(rearrange(o_BTHV, "b t h v -> b t (h v)")), state
 
     def gates(self, x_BTD: Tensor) -> tuple[Tensor | None, Tensor]:
         """(log decays or None, betas), of at least float32."""

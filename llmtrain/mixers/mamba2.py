@@ -35,8 +35,7 @@ from llmtrain.mixers.base import Mixer, State
 from llmtrain.mixers.checks import check_backend, check_rates, check_sizes, check_time_steps
 from llmtrain.model.init import depth_std, fill_time_steps
 from llmtrain.model.linear import Linear
-
-GATE_LIMIT = 1e4  # of |z|: squares of gated outputs stay finite in float32
+from llmtrain.model.norm import GatedRMSNorm
 
 
 class Mamba2(Mixer):
@@ -100,7 +99,8 @@ class Mamba2(Mixer):
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.empty(self.n_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
-        self.norm = GatedRMSNorm(d_inner, norm_groups, norm_before_gate, norm_eps)
+        gate = {"groups": norm_groups, "before_gate": norm_before_gate}
+        self.norm = GatedRMSNorm(d_inner, eps=norm_eps, **gate)
         out_std = depth_std(init_std, n_layers)
         self.out_proj = Linear(d_inner, d_model, bias=bias, init_std=out_std)
 
@@ -202,38 +202,6 @@ class Mamba2(Mixer):
         if compiled:
             return kept
         return kept + size * 2 * inner + wide * (4 * inner + convolved + weights)
-
-
-class GatedRMSNorm(nn.Module):
-    """norm(y * silu(z)) or norm(y) * silu(z), with one gain a channel, first 1.
-
-    norm divides by the root mean square over each group of neighbouring channels. In float32 (at
-    least), rounded once, to z's dtype.
-    """
-
-    def __init__(self, width: int, groups: int, before_gate: bool, eps: float):
-        super().__init__()
-        self.groups, self.before_gate, self.eps = groups, before_gate, eps
-        self.weight = nn.Parameter(torch.empty(width))
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-
-    def forward(self, y_BTF: Tensor, z_BTF: Tensor) -> Tensor:
-        dtype = torch.promote_types(z_BTF.dtype, torch.float32)
-        gate_BTF = F.silu(z_BTF.to(dtype).clamp(-GATE_LIMIT, GATE_LIMIT))
-        if self.before_gate:
-            y_BTF = self.normalise(y_BTF.to(dtype)) * gate_BTF
-        else:
-            y_BTF = self.normalise(y_BTF * gate_BTF)
-        return y_BTF.to(z_BTF.dtype)
-
-    def normalise(self, y_BTF: Tensor) -> Tensor:
-        if self.groups == 1:
-            return F.rms_norm(y_BTF, self.weight.shape, self.weight.to(y_BTF.dtype), self.eps)
-        split = rearrange(y_BTF, "... (g e) -> ... g e", g=self.groups)
-        split = F.rms_norm(split, split.shape[-1:], None, self.eps)
-        return rearrange(split, "... g e -> ... (g e)") * self.weight
 
 
 def check_groups(d_inner: int, n_groups: int, head_dim: int, norm_groups: int) -> None:

@@ -133,7 +133,7 @@ class MLSTM(Mixer):
             chunk=self.chunk,
             backend=self.backend,
         )
-        y_BTD = self.out_proj(self.o_proj(x_BTD).sigmoid() * self.norm(h_BTHV))
+        y_BTD = self.out_proj(self.norm(h_BTHV, self.o_proj(x_BTD)))
         if state is None:
             return y_BTD, None
         new_state |= {

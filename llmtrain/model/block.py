@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from llmtrain.channels.base import Aux, Channel
 from llmtrain.context import SequenceContext
 from llmtrain.mixers.base import Mixer, State
+from llmtrain.model.norm import add_and_norm
 
 NORM_POSITIONS = ("pre", "post", "peri", "sandwich")
 
@@ -70,10 +71,10 @@ class Block(nn.Module):
         """extra_BTD: added to what the mixer reads, and not to the residual stream."""
         read_BTD = x_BTD if extra_BTD is None else x_BTD + extra_BTD
         y_BTD, state = self.mixer(self.enter(read_BTD, self.norm1), ctx, state)
-        x_BTD = self.leave(x_BTD, y_BTD, self.norm1, self.norm1_out)
         if self.norm2 is None:
-            return x_BTD, state, {}
-        y_BTD, aux = self.channel(self.enter(x_BTD, self.norm2), ctx)
+            return self.leave(x_BTD, y_BTD, self.norm1, self.norm1_out), state, {}
+        x_BTD, read_BTD = self.between(x_BTD, y_BTD)
+        y_BTD, aux = self.channel(read_BTD, ctx)
         return self.leave(x_BTD, y_BTD, self.norm2, self.norm2_out), state, aux
 
     def step(
@@ -82,23 +83,33 @@ class Block(nn.Module):
         """One token a row; ctx.positions_BT is [B, 1]."""
         read_BD = x_BD if extra_BD is None else x_BD + extra_BD
         y_BD, state = self.mixer.step(self.enter(read_BD, self.norm1), ctx, state)
-        x_BD = self.leave(x_BD, y_BD, self.norm1, self.norm1_out)
         if self.norm2 is None:
-            return x_BD, state
-        y_B1D, _ = self.channel(self.enter(x_BD, self.norm2)[:, None], ctx)
+            return self.leave(x_BD, y_BD, self.norm1, self.norm1_out), state
+        x_BD, read_BD = self.between(x_BD, y_BD)
+        y_B1D, _ = self.channel(read_BD[:, None], ctx)
         return self.leave(x_BD, y_B1D[:, 0], self.norm2, self.norm2_out), state
 
     def enter(self, x: Tensor, norm: nn.Module) -> Tensor:
         """What a mixer or channel reads of the residual stream."""
         return x if self.norm_position == "post" else norm(x)
 
+    def between(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(the residual stream with the mixer's output y added, what the channel reads of it)."""
+        if self.norm_position in ("post", "sandwich"):
+            x = self.leave(x, y, self.norm1, self.norm1_out)
+            return x, self.enter(x, self.norm2)
+        if self.norm_position == "peri":
+            y = self.norm1_out(y)
+        read, x = add_and_norm(self.norm2, y, x)
+        return x, read
+
     def leave(self, x: Tensor, y: Tensor, norm: nn.Module, norm_out: nn.Module | None) -> Tensor:
-        """The residual stream with its output added."""
+        """The residual stream with an output y added."""
         if self.norm_position == "pre":
             return x + y
-        if self.norm_position == "post":
-            return norm(x + y)
-        return x + norm_out(y) if self.norm_position == "peri" else norm_out(x + y)
+        if self.norm_position == "peri":
+            return x + norm_out(y)
+        return add_and_norm(norm if self.norm_position == "post" else norm_out, y, x)[0]
 
     def init_state(
         self, batch: int, *, max_tokens: int, device: torch.device | str, dtype: torch.dtype

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from llmtrain.context import SequenceContext
-from llmtrain.mixers.mamba2 import GatedRMSNorm, Mamba2
+from llmtrain.mixers.mamba2 import Mamba2
 from llmtrain.model.init import initialise
+from llmtrain.model.norm import GatedRMSNorm
 
 D, FACTS = 24, {"layer_idx": 0, "n_layers": 2}
 KNOBS = {"d_state": 10, "head_dim": 6, "n_groups": 4, "init_std": 0.2}
@@ -64,7 +65,7 @@ def test_steps_stay_within_their_limit():
 @pytest.mark.parametrize("groups", [1, 3])
 def test_gated_norm(before, groups):
     """Each group of the gated channels, or of those to be gated, has a mean square of one."""
-    norm = GatedRMSNorm(12, groups, before, 0.0).double()
+    norm = GatedRMSNorm(12, groups=groups, before_gate=before, eps=0.0).double()
     y_BTF, z_BTF = noise(2, 5, 12), noise(2, 5, 12, seed=1)
     with torch.no_grad():
         norm.weight.copy_(noise(12, seed=2))

@@ -54,6 +54,7 @@ def launch_forward(
     x_BTD, state_BWD, doc_ids_BT = row_major(x_BTD), contiguous(state_BWD), contiguous(doc_ids_BT)
     y_BTD, last_BWD = forward_outputs(x_BTD, weight_DW, want_state)
     batch, tokens, width = x_BTD.shape
+    assert tokens > 0
     if y_BTD.numel() == 0:
         return y_BTD, last_BWD
     config = config or launch("causal_conv_fwd", x_BTD.device, x_BTD.numel())
@@ -80,18 +81,20 @@ def launch_forward(
             W=weight_DW.shape[1],
             SILU=silu,
             ALIGN=align,
-            **meta(config),
+            **meta(config, weight_DW.shape[1]),
         )
     return y_BTD, last_BWD
 
 
-def meta(config: dict[str, int]) -> dict[str, int]:
-    """What the two large kernels take of a configuration: without `programs`, for spans()."""
+def meta(config: dict[str, int], window: int) -> dict[str, int | None]:
+    """What the two large kernels take of a configuration: without `programs`, for spans().
+    maxnreg: of a thread, measured for windows of up to 4; wider ones have more to hold."""
     return {
         "BLOCK_D": config["block_d"],
         "ROWS": config["rows"],
         "STAGES": config["num_stages"],
         "num_warps": config["num_warps"],
+        "maxnreg": config.get("maxnreg") if window <= 4 else None,
     }
 
 
@@ -147,7 +150,7 @@ def launch_backward(
             W=window,
             SILU=silu,
             ALIGN=align,
-            **meta(config),
+            **meta(config, window),
         )
     launch_sums(sums_NWD, dweight_DW, None if bias_D is None else dbias_D)
     return gradients
@@ -165,7 +168,9 @@ def launch_sums(
     width, window = dweight_DW.shape
     config = config or launch("causal_conv_bwd_sum", sums_NWD.device, sums_NWD.shape[0])
     with torch.cuda.device_of(sums_NWD):
-        causal_conv_bwd_sum_kernel[(-(-width // config["block_d"]), window + (dbias_D is not None))](
+        causal_conv_bwd_sum_kernel[
+            (-(-width // config["block_d"]), window + (dbias_D is not None))
+        ](
             sums_NWD,
             dweight_DW,
             dbias_D,
@@ -178,9 +183,7 @@ def launch_sums(
         )
 
 
-def forward_outputs(
-    x_BTD: Tensor, weight_DW: Tensor, want_state: bool
-) -> tuple[Tensor, Tensor]:
+def forward_outputs(x_BTD: Tensor, weight_DW: Tensor, want_state: bool) -> tuple[Tensor, Tensor]:
     batch, tokens, width = x_BTD.shape
     rows = weight_DW.shape[1] - 1 if want_state else 0
     return x_BTD.new_empty(batch, tokens, width), x_BTD.new_empty(batch, rows, width)
@@ -230,9 +233,7 @@ def backward(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx_BTD, dweight_DW, dbias_D, dstate_BWD); the last two empty without bias and state."""
-    return launch_backward(
-        dy_BTD, dlast_BWD, x_BTD, weight_DW, bias_D, state_BWD, doc_ids_BT, silu
-    )
+    return launch_backward(dy_BTD, dlast_BWD, x_BTD, weight_DW, bias_D, state_BWD, doc_ids_BT, silu)
 
 
 @backward.register_fake

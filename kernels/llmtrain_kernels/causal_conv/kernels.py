@@ -13,6 +13,7 @@ channels side by side and exchange nothing.
   the code without masks.
 - D and the strides come in units of ALIGN elements: then the compiler knows that rows are aligned,
   whatever the numbers are.
+- Triton decides `is None` while it compiles, but not as a part of `and` and `or`: hence nested ifs.
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ def forward_rows(
         if SILU:
             b_y = b_y / (1 + tl.exp(-b_y))
         tl.store(p_y + r * D + o_d, b_y.to(p_y.dtype.element_ty), mask=m_d & (t + r < T))
-        b_before = (b_before + (b_x,))[1:]
+        b_before += (b_x,)
+        b_before = b_before[1:]
     return b_before
 
 
@@ -179,16 +181,19 @@ def causal_conv_fwd_kernel(
     p_rows = p_x + t0.to(tl.int64) * stride_t
     for t in tl.range(t0, tl.minimum(t0 + SPAN, T), ROWS, num_stages=STAGES):
         b_rows = load_rows(p_rows, stride_t, t, T, o_d, m_d, ROWS)
-        at = (p_y, p_ids, t, T, D, o_d, m_d, W, ROWS, SILU)
-        if p_ids is None:
-            b_before = forward_rows(b_before, b_rows, b_taps, b_bias, *at, False)
+        at = (p_y, p_ids, t, T, D, o_d, m_d)
+        if p_ids is None:  # noqa: SIM114
+            b_before = forward_rows(b_before, b_rows, b_taps, b_bias, *at, W, ROWS, SILU, False)
         elif one_document(p_ids, t, T, W, ROWS):
-            b_before = forward_rows(b_before, b_rows, b_taps, b_bias, *at, False)
-        else:
-            b_before = forward_rows(b_before, b_rows, b_taps, b_bias, *at, True)
+            b_before = forward_rows(b_before, b_rows, b_taps, b_bias, *at, W, ROWS, SILU, False)
+        else:  # seldom: row after row, so that it takes few registers
+            for r in range(ROWS):
+                b_row = load_rows(p_rows + r * stride_t, stride_t, t + r, T, o_d, m_d, 1)
+                at = (p_y + r * D, p_ids, t + r, T, D, o_d, m_d)
+                b_before = forward_rows(b_before, b_row, b_taps, b_bias, *at, W, 1, SILU, True)
         p_rows += ROWS * stride_t
         p_y += ROWS * D
-    if p_last is not None:
+    if p_last is not None:  # noqa: SIM102
         if i_t == N_T - 1:
             for k in tl.static_range(W - 1):
                 t = T - (W - 1) + k
@@ -200,8 +205,18 @@ def causal_conv_fwd_kernel(
 
 @triton.jit
 def backward_row(
-    b_before, b_pending, b_x, b_dy, b_taps, b_bias, p_ids, t, T, W: tl.constexpr,
-    SILU: tl.constexpr, MASKED: tl.constexpr,
+    b_before,
+    b_pending,
+    b_x,
+    b_dy,
+    b_taps,
+    b_bias,
+    p_ids,
+    t,
+    T,
+    W: tl.constexpr,
+    SILU: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """(g of token t, the inputs that it sees, sums of g times taps for tokens t - W + 1 .. t)."""
     b_seen = in_document(b_before, p_ids, t, T, W, MASKED)
@@ -216,13 +231,12 @@ def backward_row(
         if MASKED:
             b_share = tl.where(same_document(p_ids, t, W - 1 - k, T), b_share, 0.0)
         b_sums += (b_pending[k] + b_share,)
-    return b_g, b_seen, b_sums + (b_g * b_taps[W - 1],)
+    b_sums += (b_g * b_taps[W - 1],)
+    return b_g, b_seen, b_sums
 
 
 @triton.jit
-def store_dx(
-    b_dx, p_dx, p_dstate, p_dlast, p_ids, s, t0, T, D, o_d, m_d, W: tl.constexpr
-):
+def store_dx(b_dx, p_dx, p_dstate, p_dlast, p_ids, s, t0, T, D, o_d, m_d, W: tl.constexpr):
     """dx of token s of a span that begins with t0, if it is one; before the row's first token the
     gradient of the state. With what the last inputs' gradient gives to it."""
     if p_dlast is not None:
@@ -241,14 +255,27 @@ def store_dx(
 
 @triton.jit
 def backward_rows(
-    b_before, b_pending, b_sums, b_xs, b_dys, b_taps, b_bias,
-    p_dx, p_dstate, p_dlast, p_ids,
-    t, t0, T, D, o_d, m_d,
-    W: tl.constexpr, ROWS: tl.constexpr, SILU: tl.constexpr, MASKED: tl.constexpr,
+    held,
+    b_xs,
+    b_dys,
+    fixed,
+    p_dx,
+    t,
+    t0,
+    T,
+    D,
+    o_d,
+    m_d,
+    W: tl.constexpr,
+    ROWS: tl.constexpr,
+    SILU: tl.constexpr,
+    MASKED: tl.constexpr,
     INSIDE: tl.constexpr,
 ):
     """Writes dx of tokens t - W + 1 .. t - W + ROWS, p_dx being token t's; INSIDE the span, adds
-    to the gradients of taps and bias. Gives (inputs before, pending sums, those gradients)."""
+    to the gradients of taps and bias. held: (inputs before, pending sums, those gradients)."""
+    b_before, b_pending, b_sums = held
+    b_taps, b_bias, p_dstate, p_dlast, p_ids = fixed
     for r in tl.static_range(ROWS):
         b_x = b_xs[r].to(tl.float32)
         b_g, b_seen, b_dx = backward_row(
@@ -259,17 +286,31 @@ def backward_rows(
             b_new = ()
             for k in tl.static_range(W):
                 b_new += (b_sums[k] + b_g * b_seen[k],)
-            b_sums = b_new + (b_sums[W] + b_g,)
+            b_new += (b_sums[W] + b_g,)
+            b_sums = b_new
         s = t + r - (W - 1)
         p_s = p_dx + (r - (W - 1)) * D
         store_dx(b_dx[0], p_s, p_dstate, p_dlast, p_ids, s, t0, T, D, o_d, m_d, W)
         b_pending = b_dx[1:]
-        b_before = (b_before + (b_x,))[1:]
+        b_before += (b_x,)
+        b_before = b_before[1:]
     return b_before, b_pending, b_sums
 
 
 @triton.jit(
-    do_not_specialize=["T", "N_D", "N_T", "D_UNITS", "SPAN", "x_b", "x_t", "w_d", "w_w", "dy_b", "dy_t"]
+    do_not_specialize=[
+        "T",
+        "N_D",
+        "N_T",
+        "D_UNITS",
+        "SPAN",
+        "x_b",
+        "x_t",
+        "w_d",
+        "w_w",
+        "dy_b",
+        "dy_t",
+    ]
 )
 def causal_conv_bwd_kernel(
     # read: [B, T, D] strided, of the last inputs [B, W-1, D] or None, as the forward kernel
@@ -336,25 +377,30 @@ def causal_conv_bwd_kernel(
     for t in tl.range(t0, t0 + SPAN, ROWS, num_stages=STAGES):
         b_xs = load_rows(p_xs, x_t, t, T, o_d, m_d, ROWS)
         b_dys = load_rows(p_dys, dy_t, t, T, o_d, m_d, ROWS)
-        given = (b_xs, b_dys, b_taps, b_bias, p_dx, p_dstate, p_dlast, p_ids, t, t0, T, D, o_d, m_d)
-        held = (b_before, b_pending, b_sums)
-        if p_ids is None:
-            held = backward_rows(*held, *given, W, ROWS, SILU, False, True)
+        held, fixed = (b_before, b_pending, b_sums), (b_taps, b_bias, p_dstate, p_dlast, p_ids)
+        at = (p_dx, t, t0, T, D, o_d, m_d)
+        if p_ids is None:  # noqa: SIM114
+            held = backward_rows(held, b_xs, b_dys, fixed, *at, W, ROWS, SILU, False, True)
         elif one_document(p_ids, t, T, W, ROWS):
-            held = backward_rows(*held, *given, W, ROWS, SILU, False, True)
-        else:
-            held = backward_rows(*held, *given, W, ROWS, SILU, True, True)
+            held = backward_rows(held, b_xs, b_dys, fixed, *at, W, ROWS, SILU, False, True)
+        else:  # seldom: row after row, so that it takes few registers
+            for r in range(ROWS):
+                b_x = load_rows(p_xs + r * x_t, x_t, t + r, T, o_d, m_d, 1)
+                b_dy = load_rows(p_dys + r * dy_t, dy_t, t + r, T, o_d, m_d, 1)
+                at = (p_dx + r * D, t + r, t0, T, D, o_d, m_d)
+                held = backward_rows(held, b_x, b_dy, fixed, *at, W, 1, SILU, True, True)
         b_before, b_pending, b_sums = held
         p_xs += ROWS * x_t
         p_dys += ROWS * dy_t
         p_dx += ROWS * D
     # what the span's last tokens want of those after it
-    t1 = t0 + SPAN
-    b_xs = load_rows(p_xs, x_t, t1, T, o_d, m_d, W - 1)
-    b_dys = load_rows(p_dys, dy_t, t1, T, o_d, m_d, W - 1)
-    given = (b_xs, b_dys, b_taps, b_bias, p_dx, p_dstate, p_dlast, p_ids, t1, t0, T, D, o_d, m_d)
-    MASKED: tl.constexpr = p_ids is not None
-    backward_rows(b_before, b_pending, b_sums, *given, W, W - 1, SILU, MASKED, False)
+    held, fixed = (b_before, b_pending, b_sums), (b_taps, b_bias, p_dstate, p_dlast, p_ids)
+    for r in tl.static_range(W - 1):
+        t = t0 + SPAN + r
+        b_x = load_rows(p_xs + r * x_t, x_t, t, T, o_d, m_d, 1)
+        b_dy = load_rows(p_dys + r * dy_t, dy_t, t, T, o_d, m_d, 1)
+        at = (p_dx + r * D, t, t0, T, D, o_d, m_d)
+        held = backward_rows(held, b_x, b_dy, fixed, *at, W, 1, SILU, p_ids is not None, False)
     for k in tl.static_range(W + 1):
         tl.store(p_sums + k * D, b_sums[k], mask=m_d)
 

@@ -1,3 +1,3 @@
 """The kernels that have benchmark cases: the names of the files beside this one."""
 
-KERNELS: tuple[str, ...] = ("causal_conv",)
+KERNELS: tuple[str, ...] = ("attention", "causal_conv")

@@ -154,9 +154,9 @@ def candidates() -> dict[str, list[dict[str, int]]]:
     ]
     backward += [
         {"block_d": 512, "rows": 4, "programs": 2376, "num_warps": 4, "num_stages": 1},
-        {"block_d": 512, "rows": 4, "programs": 2376, "num_warps": 2, "num_stages": 1},
+        {"block_d": 128, "rows": 4, "programs": 2772, "num_warps": 1, "num_stages": 3},
         {"block_d": 128, "rows": 4, "programs": 4752, "num_warps": 1, "num_stages": 3},
-        {"block_d": 256, "rows": 2, "programs": 2376, "num_warps": 1, "num_stages": 3},
+        {"block_d": 128, "rows": 8, "programs": 4752, "num_warps": 1, "num_stages": 2},
     ]
     sums = [
         {"block_n": rows, "block_d": block, "num_warps": 4}

@@ -227,10 +227,10 @@ def backward_row(
         b_g *= b_s * (1 + b_z * (1 - b_s))
     b_sums = ()
     for k in tl.static_range(W - 1):
-        b_share = b_g * b_taps[k]
+        b_mine = b_g
         if MASKED:
-            b_share = tl.where(same_document(p_ids, t, W - 1 - k, T), b_share, 0.0)
-        b_sums += (b_pending[k] + b_share,)
+            b_mine = tl.where(same_document(p_ids, t, W - 1 - k, T), b_g, 0.0)
+        b_sums += (b_pending[k] + b_mine * b_taps[k],)
     b_sums += (b_g * b_taps[W - 1],)
     return b_g, b_seen, b_sums
 

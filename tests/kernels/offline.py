@@ -40,6 +40,7 @@ def compile_for_hopper(
     *,
     num_warps: int,
     num_stages: int = 1,
+    maxnreg: int | None = None,
     divisible: tuple[str, ...] = (),
 ) -> Facts:
     """types: Triton's types of the arguments that are not constants ("*bf16", "i32", "fp32");
@@ -59,7 +60,7 @@ def compile_for_hopper(
     binary = triton.compile(
         ASTSource(kernel, signature, constants, attributes),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages},
+        options={"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg},
     )
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool.exists():

@@ -16,7 +16,9 @@ from llmtrain_kernels.attention import (
     BACKENDS,
     Case,
     attention,
+    choice,
     flash_attn,
+    op,
     sdpa,
     select_backend,
     varlen,
@@ -346,3 +348,81 @@ def test_sdpa_with_padded_widths(monkeypatch, widths):
         expected = attention(q, k, v, scale=scale, backend="reference")
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
     assert seen == [[16, 16, 16]] * 2
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in choice.FOLDER.glob("*.toml")))
+def test_tables_of_choices(name):
+    """Every situation has an order for every case, of backends that exist."""
+    read = choice.table(name)
+    assert set(read) == set(choice.SITUATIONS)
+    assert not choice.unknown(read, BACKENDS)
+    for situation, last in (("packed", "sdpa"), ("window", "sdpa"), ("softcap", "eager")):
+        assert choice.order(name, situation, tokens=None, k_width=10**6)[-1] == last
+    assert select_backend(replace(H100, table=name, **PACKED)).backend == "varlen"
+
+
+@pytest.fixture
+def own_table(tmp_path, monkeypatch):
+    """choices/mine.toml: flex for packed rows of up to 1024 tokens and heads of up to 64."""
+    for path in choice.FOLDER.glob("*.toml"):
+        (tmp_path / path.name).write_text(path.read_text())
+    monkeypatch.setattr(choice, "FOLDER", tmp_path)
+    entries = [
+        {"tokens_up_to": 1024, "k_width_up_to": 64, "order": ["flex", "sdpa"]},
+        {"order": ["varlen", "sdpa"]},
+    ]
+    choice.write(tmp_path / "mine.toml", {"packed": entries}, heading="Measured.\n\nHere.")
+    for cached in (choice.table, choice.token_bounds, choice.device_name):
+        cached.cache_clear()
+    yield tmp_path / "mine.toml"
+    for cached in (choice.table, choice.token_bounds, choice.device_name):
+        cached.cache_clear()
+
+
+def test_a_table_decides_by_shape(own_table):
+    case = replace(H100, table="mine", **PACKED)
+    assert own_table.read_text().startswith("# Measured.\n#\n# Here.\n\n[[packed]]\ntokens_up_to")
+    assert choice.token_bounds("mine") == (1024,)
+    assert [choice.token_class(t, (1024,)) for t in (1, 1024, 1025)] == [1024, 1024, None]
+    assert select_backend(replace(case, tokens=1024)).backend == "flex"
+    assert select_backend(replace(case, tokens=1024, k_width=128)).backend == "varlen"
+    assert select_backend(case).backend == "varlen"
+    assert select_backend(replace(case, window=9)).backend == "varlen"  # as default.toml has it
+
+
+def test_a_device_has_the_table_of_its_name(own_table, monkeypatch):
+    names = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA Mine-2": "mine", "NVIDIA A10": "default"}
+    for given, expected in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda ordinal, given=given: given)
+        choice.device_name.cache_clear()
+        assert choice.device_name(0) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[[packed]]\ntokens_up_to = 9\norder = ["varlen"]',
+        "[[packed]]\ntokens = 9\norder = []",
+        '[[packed]]\nk_width = 9\norder = ["varlen"]',
+        '[[dens]]\norder = ["sdpa"]',
+        "[[dense]]\norder = []",
+    ],
+)
+def test_tables_with_mistakes(own_table, text):
+    own_table.write_text(text)
+    choice.table.cache_clear()
+    with pytest.raises(ValueError, match=r"mine.toml: got \[\[\w+\]\] .* mend the table"):
+        choice.table("mine")
+
+
+def test_bounds_leave_the_number_of_tokens_open(monkeypatch):
+    """One compilation for rows below a bound, one above it."""
+    monkeypatch.setattr(op, "token_bounds", lambda name: (16,))
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(attention, fullgraph=True, backend=counter)
+    for tokens in (4, 5, 9, 16, 17, 30, 40):
+        q = torch.randn(1, tokens, 2, 8)
+        torch._dynamo.mark_dynamic(q, 1)
+        torch.testing.assert_close(compiled(q, q, q), attention(q, q, q))
+    assert counter.frame_count == 2

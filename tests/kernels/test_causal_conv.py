@@ -5,7 +5,15 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-from llmtrain_kernels.causal_conv import causal_conv, chunked, cost, reference
+from llmtrain_kernels import triton_backend
+from llmtrain_kernels.causal_conv import (
+    causal_conv,
+    chunked,
+    cost,
+    fused,
+    reference,
+    select_backend,
+)
 
 B, D, W = 2, 5, 4
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -31,7 +39,7 @@ def with_gradients(arguments, *, initial=None, **options):
 def test_backends_share_the_signature():
     expected = inspect.signature(causal_conv).parameters
     expected = [p for name, p in expected.items() if name != "backend"]
-    for run in (reference, chunked):
+    for run in (reference, chunked, fused):
         assert list(inspect.signature(run).parameters.values()) == expected
 
 
@@ -123,12 +131,43 @@ def test_cost():
     assert forward.flops == 2 * B * 9 * D * W
     assert forward.bytes_read == forward.bytes_written == B * 9 * D * 2
     assert backward.flops == 2 * forward.flops
+    x, weight, _ = inputs(9, dtype=torch.bfloat16)
+    y, _ = causal_conv(x, weight)
+    assert forward.bytes_read == forward.saved_bytes == x.nbytes
+    assert forward.bytes_written == y.nbytes
+    assert (backward.bytes_read, backward.bytes_written) == (x.nbytes + y.nbytes, x.nbytes)
+
+
+@pytest.mark.skipif(not triton_backend.HAS_TRITON, reason="as on machines with triton")
+def test_the_choice_of_a_backend(monkeypatch):
+    """The kernels on CUDA for what they take, else torch."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    low, full, exact = (torch.bfloat16, torch.float32), (torch.float32,) * 2, (torch.float64,) * 2
+    assert [select_backend("auto", "cuda", z, 4) for z in (low, full)] == ["triton"] * 2
+    assert select_backend("auto", "cuda", exact, 4) == "chunked"
+    assert select_backend("auto", "cuda", low, 9) == "chunked"
+    assert select_backend("auto", "cpu", low, 4) == "chunked"
+    assert select_backend("chunked", "cuda", low, 4) == "chunked"
+    with pytest.raises(ValueError, match="they take windows of 1 to 8 tokens, not 9; set backend"):
+        select_backend("triton", "cuda", low, 9)
+    with pytest.raises(ValueError, match="they run on cuda, not cpu; set backend to auto or chunk"):
+        select_backend("triton", "cpu", low, 4)
+
+
+def test_compiles_as_one_graph():
+    arguments = inputs(6, dtype=torch.float32)
+    expected = causal_conv(*arguments)[0]
+    compiled = torch.compile(causal_conv, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*arguments)[0], expected)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"backend": "fast"}, "got backend='fast', expected auto or one of chunked, reference"),
+        (
+            {"backend": "fast"},
+            "got backend='fast', expected auto or one of triton, chunked, reference",
+        ),
         ({"activation": "relu"}, "got activation='relu', expected 'silu' or None"),
         ({"weight_DW": torch.zeros(3, W)}, r"got weight \(3, 4\) .* for 5 channels"),
         ({"bias_D": torch.zeros(3)}, r".*bias \(3,\) for 5 channels"),

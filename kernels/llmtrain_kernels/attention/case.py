@@ -14,6 +14,8 @@ class Case:
     """Hashable, made of plain values, so that a choice is testable without the device.
 
     capability: compute capability of the CUDA device, (9, 0) for an H100; None elsewhere.
+    table: whose choices hold, a stem of choices/*.toml. tokens: the smallest bound of that table
+    that holds a row, None if there is none.
     documents: rows hold several documents; boundaries: cu_seqlens and max_seqlen are given too.
     sinks: keys at the start of a document that a window does not hide. softcap: scores are capped.
     cache: queries and keys carry positions. training: gradients will be asked for.
@@ -34,6 +36,8 @@ class Case:
     boundaries: bool = False
     cache: bool = False
     training: bool = False
+    table: str = "default"
+    tokens: int | None = None
 
     @property
     def half_cuda(self) -> bool:

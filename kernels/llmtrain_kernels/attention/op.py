@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from llmtrain_kernels.attention.case import Case
+from llmtrain_kernels.attention.choice import DEFAULT, device_name, token_bounds, token_class
 from llmtrain_kernels.attention.select import BACKENDS, announced
+
+
+@torch.compiler.assume_constant_result
+def choices(device: str, ordinal: int | None) -> tuple[str, tuple[int, ...]]:
+    """(name of the device's table of choices, its bounds on tokens)."""
+    name = device_name(ordinal) if device == "cuda" else DEFAULT
+    return name, token_bounds(name)
 
 
 @torch.compiler.assume_constant_result
@@ -29,6 +37,7 @@ def resolve(
     boundaries: bool,
     cache: bool,
     training: bool,
+    tokens: int | None,
 ) -> str:
     """Name of the backend. Plain values in and out: under torch.compile it runs while tracing."""
     capability = torch.cuda.get_device_capability(ordinal) if device == "cuda" else None
@@ -48,6 +57,8 @@ def resolve(
         boundaries=boundaries,
         cache=cache,
         training=training,
+        table=choices(device, ordinal)[0],
+        tokens=tokens,
     )
     return announced(case, requested)
 
@@ -96,6 +107,7 @@ def attention(
             "attention: got cu_seqlens without doc_ids_BT, expected both; backends that take a "
             "mask need the ids"
         )
+    _, bounds = choices(q_BTHK.device.type, q_BTHK.device.index)
     name = resolve(
         backend,
         q_BTHK.device.type,
@@ -114,6 +126,7 @@ def attention(
         boundaries,
         cache,
         torch.is_grad_enabled() and q_BTHK.requires_grad,
+        token_class(q_BTHK.shape[1], bounds),
     )
     return BACKENDS[name].run(
         q_BTHK,

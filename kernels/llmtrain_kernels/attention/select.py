@@ -1,18 +1,21 @@
 """The choice of a backend: which one runs a case, and why.
 
-auto goes down the list of its situation and takes the first that can run it:
+auto goes down a list and takes the first backend that can run the case. On CUDA the lists are in
+choices/<device>.toml, by situation and class of shapes, as they were measured there:
 
-    situation                                    order
-    softcap on CUDA, no cache                    flash_attn, flex, eager
-    softcap elsewhere                            eager
-    reading a cache                              sdpa
-    CUDA, half precision, documents or window    varlen, flash_attn, flex, sdpa
-    everything else                              sdpa
+    situation                                    list
+    softcap, no cache                            [[softcap]]
+    half precision, a window                     [[window]]
+    half precision, documents                    [[packed]]
+    rows of one document                         [[dense]]
+
+Elsewhere softcap is eager, and all else sdpa; so is reading a cache, and, on CUDA in float32,
+documents or a window.
 
 The flash kernels know one width: where keys and values differ (latent attention), the narrower are
-padded with zeros (widths.py), which the reason says. The last resort of the first and fourth rows
-computes every hidden pair, as does sdpa on CUDA in float32 with documents or a window: such choices
-are logged as warnings.
+padded with zeros (widths.py), which the reason says. The last resort of a list of several computes
+every hidden pair, as does sdpa on CUDA in float32 with documents or a window: such choices are
+logged as warnings.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import logging
 from types import ModuleType
 from typing import NamedTuple
 
-from llmtrain_kernels.attention import eager, flash_attn, flex, reference, sdpa, varlen
+from llmtrain_kernels.attention import choice, eager, flash_attn, flex, reference, sdpa, varlen
 from llmtrain_kernels.attention.case import Case
 
 log = logging.getLogger(__name__)
@@ -63,37 +66,59 @@ def select_backend(case: Case, requested: str = "auto") -> Choice:
                 "set mixer.backend=auto"
             )
         return Choice(requested, "asked for", slow=False)
+    return automatic(case)
+
+
+def automatic(case: Case) -> Choice:
+    """What auto takes."""
     sparse = case.documents or case.window is not None
     if case.softcap:
         if case.cache or case.device != "cuda":
             return Choice("eager", "softcap, all scores in memory", slow=False)
-        return first_of(("flash_attn", "flex"), case, "caps scores", otherwise="eager")
+        return first_of("softcap", case, "caps scores")
     if case.cache:
         return Choice("sdpa", "a cache is a mask", slow=False)
     if not sparse:
-        cudnn = case.half_cuda and case.training and case.capability[0] in sdpa.CUDNN_MAJORS
-        padded = case.padded if case.half_cuda and case.k_width != case.v_width else ""
-        reason = "dense rows" + (", cuDNN first" if cudnn else "") + padded
-        return Choice("sdpa", reason, slow=False)
+        return first_of("dense", case, dense_rows(case))
     if case.device != "cuda":
         return Choice("sdpa", "only backend for training on this device", slow=False)
     if not case.half_cuda:
         return Choice(
             "sdpa", "only backend for this dtype; half precision has faster ones", slow=True
         )
-    return first_of(("varlen", "flash_attn", "flex"), case, "skips hidden pairs", otherwise="sdpa")
+    return first_of("packed" if case.window is None else "window", case, "skips hidden pairs")
 
 
-def first_of(backends: tuple[str, ...], case: Case, virtue: str, *, otherwise: str) -> Choice:
-    """The first backend that can run the case, or the slow one that always can."""
+def dense_rows(case: Case) -> str:
+    """What is said of rows of one document: whether sdpa begins with cuDNN."""
+    cudnn = case.half_cuda and case.training and case.capability[0] in sdpa.CUDNN_MAJORS
+    return "dense rows" + (", cuDNN first" if cudnn else "")
+
+
+def first_of(situation: str, case: Case, virtue: str) -> Choice:
+    """The first backend of the device's list that can run the case; the last always can."""
+    order = choice.order(case.table, situation, tokens=case.tokens, k_width=case.k_width)
     reasons = []
-    for backend in backends:
+    for backend in order:
         why_not = BACKENDS[backend].unsupported(case)
-        if why_not is None:
-            padded = "" if backend == "flex" else case.padded
-            return Choice(backend, "; ".join([virtue + padded, *reasons]), slow=False)
+        last_resort = backend == order[-1] and len(order) > 1
+        if why_not is None and not last_resort:
+            said = virtue + padding(situation, backend, case)
+            return Choice(backend, "; ".join([said, *reasons]), slow=False)
         reasons.append(f"{backend} {why_not}")
-    return Choice(otherwise, "; ".join(reasons), slow=True)
+    return Choice(order[-1], "; ".join(reasons[:-1]), slow=True)
+
+
+def padding(situation: str, backend: str, case: Case) -> str:
+    """A note on widths that are made equal, or ""."""
+    if backend == "flex" or (situation == "dense" and not differs(case)):
+        return ""
+    return case.padded
+
+
+def differs(case: Case) -> bool:
+    """Whether sdpa pads dense rows: as sdpa.pads() has it."""
+    return case.half_cuda and case.k_width != case.v_width
 
 
 @functools.cache

@@ -1,4 +1,6 @@
 """The kernels that have benchmark cases: the names of the files beside this one."""
 
 KERNELS: tuple[str, ...] = (
+    "attention",
+    "causal_conv",
 )

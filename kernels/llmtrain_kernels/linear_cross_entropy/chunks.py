@@ -19,11 +19,14 @@ def row_stride(columns: int) -> int:
     return -(-columns // ALIGNED) * ALIGNED
 
 
+def most_rows(columns: int, itemsize: int, limit: int = LOGITS_BYTES) -> int:
+    """The largest multiple of a tile's rows whose logits fit; at least a tile."""
+    return max(limit // (row_stride(columns) * itemsize) // TILE[0], 1) * TILE[0]
+
+
 def rows_per_chunk(rows: int, columns: int, itemsize: int, limit: int = LOGITS_BYTES) -> int:
-    """The largest multiple of a tile's rows that fits, made equal over the chunks; at least a
-    tile."""
-    fitting = limit // (row_stride(columns) * itemsize) // TILE[0] * TILE[0]
-    chunks = -(-rows // max(fitting, TILE[0]))
+    """As few chunks as fit, of equal size up to a tile."""
+    chunks = -(-rows // most_rows(columns, itemsize, limit))
     equal = -(-rows // max(chunks, 1))
     return max(min(-(-equal // TILE[0]) * TILE[0], rows), 1)
 

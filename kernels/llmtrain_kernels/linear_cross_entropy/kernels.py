@@ -68,8 +68,9 @@ def linear_cross_entropy_fwd_kernel(
         weight = tl.load(p_weights + i_row)
     if (target != ignore_index) & (weight != 0.0):
         known = (target >= 0) & (target < vocab)
-        target = tl.where(known, target, 0).to(tl.int32)
-        picked = tl.load(p_row + target).to(tl.float32)  # before the row is overwritten
+        label = tl.where(known, target, -1).to(tl.int32)
+        # before the row is overwritten
+        picked = tl.load(p_row + tl.maximum(label, 0)).to(tl.float32)
         if CAPPED:
             picked = softcap * tanh(picked / softcap)
 
@@ -94,7 +95,6 @@ def linear_cross_entropy_fwd_kernel(
         if GRADIENT:
             scale = weight * expected
             scale_p = scale * (1.0 + 2.0 * z_loss * lse)
-            target = tl.where(known, target, -1)
             blocks = tl.cdiv(stride, STEP)
             for k in tl.range(0, blocks, num_stages=STAGES):
                 b_o = offsets((blocks - 1 - k) * STEP, SUB, LANES)  # [SUB, LANES]
@@ -103,7 +103,7 @@ def linear_cross_entropy_fwd_kernel(
                     b_t = tanh(b_x / softcap)
                     b_x = softcap * b_t
                 b_d = scale_p * tl.exp2(b_x * LOG2E - lse_2)
-                b_d -= tl.where(b_o == target, scale, 0.0)
+                b_d -= tl.where(b_o == label, scale, 0.0)
                 if CAPPED:
                     b_d *= 1.0 - b_t * b_t
                 b_d = tl.where(b_o < vocab, b_d, 0.0)

@@ -81,15 +81,18 @@ def linear_cross_entropy_fwd_kernel(
             b_x = tl.load(p_row + b_o, mask=b_o < stride, other=0.0).to(tl.float32)
             if CAPPED:
                 b_x = softcap * tanh(b_x / softcap)
-            b_x = tl.where(b_o < vocab, b_x * LOG2E, -float("inf"))
+            b_x = tl.where(b_o < vocab, b_x, -float("inf"))
             b_new = tl.maximum(b_max, tl.max(b_x, 0))
-            b_sum = b_sum * tl.exp2(b_max - b_new) + tl.sum(tl.exp2(b_x - b_new[None, :]), 0)
+            # products with LOG2E are fused with the difference: exact where it is small
+            b_ref = b_new * LOG2E
+            b_sum *= tl.exp2(b_max * LOG2E - b_ref)
+            b_sum += tl.sum(tl.exp2(b_x * LOG2E - b_ref[None, :]), 0)
             b_max = b_new
-        largest = tl.max(b_max, 0)
-        lse_2 = largest + tl.log2(tl.sum(b_sum * tl.exp2(b_max - largest), 0))
+        ref = tl.max(b_max, 0) * LOG2E
+        lse_2 = ref + tl.log2(tl.sum(b_sum * tl.exp2(b_max * LOG2E - ref), 0))
         lse = lse_2 * LN2
 
-        ce = tl.where(known, lse - picked, float("nan"))
+        ce = tl.where(known, (lse_2 - picked * LOG2E) * LN2, float("nan"))
         tl.store(p_sums + i_row, weight * ce)
         tl.store(p_sums + sums_stride + i_row, weight * lse * lse)
         if GRADIENT:

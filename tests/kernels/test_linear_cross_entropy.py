@@ -1,4 +1,4 @@
-"""Head projection and cross entropy without logits: the definition, the chunks, and what is said."""
+"""Head projection and cross entropy without logits: the definition, chunks, and what is said."""
 
 import logging
 
@@ -226,9 +226,7 @@ def test_compiles_as_one_graph():
 
 def test_cost_is_what_the_definition_multiplies():
     x, weight, targets, weights = inputs()
-    forward, backward = cost(
-        N, width=D, columns=O, dtype=torch.float64, weight_dtype=torch.float64
-    )
+    forward, backward = cost(N, width=D, columns=O, dtype=torch.float64, weight_dtype=torch.float64)
     with FlopCounterMode(display=False) as counter:
         out = linear_cross_entropy(x, weight, targets, weights, backend="reference")
     assert forward.flops == counter.get_total_flops()

@@ -162,9 +162,7 @@ def test_what_is_not_finite_shows_in_the_sums():
 def test_targets_out_of_range_are_loud_and_read_nothing(target):
     logits, targets, weights = rows(577, 640)
     targets[0] = target
-    (sums, made), (true_sums, expected) = both(
-        logits, targets, weights, CONFIGS[1], vocab_size=577
-    )
+    (sums, made), (true_sums, expected) = both(logits, targets, weights, CONFIGS[1], vocab_size=577)
     assert sums[0].isnan().tolist() == [True] + [False] * 5
     torch.testing.assert_close(sums, true_sums, rtol=2e-6, atol=1e-6, equal_nan=True)
     torch.testing.assert_close(made, expected, rtol=2e-5, atol=1e-9)
@@ -212,9 +210,7 @@ def test_operators_are_registered_soundly():
     knobs = (0.1, None, -100, 270, 4, 1.0, True, True, True, True)
     operator = torch.ops.llmtrain.linear_cross_entropy
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(
-        operator, (*leaves, targets, weights.float(), *knobs), test_utils=tests
-    )
+    torch.library.opcheck(operator, (*leaves, targets, weights.float(), *knobs), test_utils=tests)
     scaled = [torch.ones(3, 4, device=DEVICE), torch.ones(5, device=DEVICE)]
     torch.library.opcheck(
         torch.ops.llmtrain.linear_cross_entropy_scale,
@@ -345,8 +341,9 @@ def test_a_graph_can_be_captured():
     with torch.cuda.graph(graph):
         got = step()
     graph.replay()
-    torch.testing.assert_close([z.detach() for z in got], [z.detach() for z in expected],
-                               rtol=0, atol=0)
+    torch.testing.assert_close(
+        [z.detach() for z in got], [z.detach() for z in expected], rtol=0, atol=0
+    )
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ from llmtrain_kernels.linear_cross_entropy import (
     op,
     select_backend,
 )
+from llmtrain_kernels.linear_cross_entropy.chunked import product_in_parts
 from llmtrain_kernels.linear_cross_entropy.chunks import (
     LOGITS_BYTES,
     most_rows,
@@ -251,6 +252,13 @@ def test_chunks_fit_and_are_equal(rows, columns):
     assert chunks * size - rows < 128 * chunks
     assert row_stride(columns) - columns in range(64)
     assert rows_per_chunk(300, 10**9, 2) == 128  # one tile's, whatever the memory
+
+
+def test_a_product_in_parts_is_the_product():
+    d, low = torch.randn(5, 80)[:, :72].bfloat16(), torch.randn(72, 6).bfloat16()
+    for parts in (1, 2, 3):
+        got = product_in_parts(d, low, parts)
+        torch.testing.assert_close(got, d.float() @ low.float())
 
 
 def test_chunks_of_the_shapes_that_are_measured():

@@ -120,10 +120,17 @@ def product(out_CD: Tensor, d_CO: Tensor, low_OD: Tensor) -> None:
         parts = parts_of_sum(*out_CD.shape, d_CO.shape[1], processors(d_CO.device))
     if parts == 1:
         torch.mm(d_CO, low_OD, out=out_CD)
-        return
+    else:
+        out_CD.copy_(product_in_parts(d_CO, low_OD, parts))
+
+
+def product_in_parts(d_CO: Tensor, low_OD: Tensor, parts: int) -> Tensor:
+    """d W in float32. parts divide the columns."""
     d_PCK = d_CO.unflatten(1, (parts, -1)).transpose(0, 1)
-    sums_PCD = torch.bmm(d_PCK, low_OD.unflatten(0, (parts, -1)), out_dtype=torch.float32)
-    out_CD.copy_(sums_PCD.sum(0))
+    low_PKD = low_OD.unflatten(0, (parts, -1))
+    if d_CO.is_cuda:
+        return torch.bmm(d_PCK, low_PKD, out_dtype=torch.float32).sum(0)
+    return torch.bmm(d_PCK.float(), low_PKD.float()).sum(0)
 
 
 def accumulate(sum_OD: Tensor, d_OC: Tensor, x_CD: Tensor, *, first: bool) -> None:

@@ -17,7 +17,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 
 import torch
-from llmtrain_kernels.linear_cross_entropy.chunks import most_rows, row_stride
+from llmtrain_kernels.linear_cross_entropy.chunks import logits_limit, most_rows, row_stride
 
 from llmtrain.channels.base import Channel
 from llmtrain.mixers.base import Mixer
@@ -231,7 +231,8 @@ def fused_head_bytes(model: LanguageModel, tokens: int, *, chunk_tokens: int | N
     of logits, the weight in compute dtype, and of every head the gradients."""
     size = model.compute_dtype.itemsize
     columns, width = model.head_weight.shape
-    rows = chunk_tokens or most_rows(columns, size)
+    limit = logits_limit(columns, width, FP32_BYTES)
+    rows = chunk_tokens or most_rows(columns, size, limit)
     buffer = min(rows, tokens) * row_stride(columns) * size
     copy = columns * width * size if size < FP32_BYTES else 0
     heads = 1 if model.mtp is None else 1 + len(model.mtp)

@@ -108,8 +108,8 @@ class Causal(nn.Module):
     triton on CUDA where it can run, else logits.
 
     chunk_tokens: the head and the loss take that many tokens at a time. null: with logits all, else
-    as many as fit 256 MiB. With logits a chunk is computed again in the backward pass, for one more
-    head projection (2 D O FLOPs per token).
+    as many as fit 256 MiB or half the head's bytes. With logits a chunk is computed again in the
+    backward pass, for one more head projection (2 D O FLOPs per token).
     """
 
     predicts_later_tokens: ClassVar[bool] = True  # so that no mixer may see them

@@ -15,6 +15,7 @@ from llmtrain_kernels.linear_cross_entropy import (
 from llmtrain_kernels.linear_cross_entropy.chunked import product_in_parts
 from llmtrain_kernels.linear_cross_entropy.chunks import (
     LOGITS_BYTES,
+    logits_limit,
     most_rows,
     parts_of_sum,
     predicted_ms,
@@ -264,6 +265,10 @@ def test_a_product_in_parts_is_the_product():
 def test_chunks_of_the_shapes_that_are_measured():
     found = [rows_per_chunk(n, v, 2) for n, v in ((8192, 32000), (16384, 128256), (8192, 128256))]
     assert found == [4096, 1024, 1024]
+    limits = [logits_limit(v, d, 4) for d, v in ((2048, 32000), (2048, 128256), (4096, 128256))]
+    assert limits == [LOGITS_BYTES, 128256 * 2048 * 2, 128256 * 4096 * 2]
+    assert most_rows(128256, 2, limits[2]) == 4096
+    assert logits_limit(128256, 4096, 2) == LOGITS_BYTES
     # 64 tiles leave half of an H100 idle, 128 and 256 do not
     assert parts_of_sum(1024, 2048, 128256, 132) == 2
     assert parts_of_sum(1024, 4096, 128256, 132) == 1

@@ -10,13 +10,21 @@ from __future__ import annotations
 import math
 
 TILE = (128, 256)  # rows and columns of a product that a processor works on at a time
-LOGITS_BYTES = 256 * 2**20  # of the buffer, when nothing else is said
+LOGITS_BYTES = 256 * 2**20  # of the buffer, when nothing else is said and the weight is no larger
 ALIGNED = 64  # elements: rows of logits begin at multiples of it
 
 
 def row_stride(columns: int) -> int:
     """Elements from a row of logits to the next."""
     return -(-columns // ALIGNED) * ALIGNED
+
+
+def logits_limit(columns: int, width: int, weight_itemsize: int) -> int:
+    """Bytes for the logits. With a float32 weight at least half of its bytes: the sum of dW, as
+    large as the weight, is then read and written so seldom that it costs little, and the weight's
+    copy in lower precision takes as much anyway."""
+    half = columns * width * weight_itemsize // 2
+    return max(LOGITS_BYTES, half) if weight_itemsize >= 4 else LOGITS_BYTES
 
 
 def most_rows(columns: int, itemsize: int, limit: int = LOGITS_BYTES) -> int:

@@ -11,7 +11,7 @@ from llmtrain_kernels import triton_backend
 from llmtrain_kernels.checks import check_backend
 from llmtrain_kernels.cost import Cost
 from llmtrain_kernels.linear_cross_entropy.chunked import chunked
-from llmtrain_kernels.linear_cross_entropy.chunks import rows_per_chunk
+from llmtrain_kernels.linear_cross_entropy.chunks import logits_limit, rows_per_chunk
 from llmtrain_kernels.linear_cross_entropy.reference import IGNORED, HeadLoss, reference
 
 BACKENDS = ("triton", "chunked", "reference")
@@ -39,10 +39,11 @@ def linear_cross_entropy(
     integers; one outside of [0, vocab_size) makes the loss nan, ignore_index counts nothing.
     weights_N: constants, None is 1. vocab_size: rows of the weight that are tokens, None is all;
     the others get no probability and no gradient. chunk_rows: rows at a time, None is as many as
-    256 MiB of logits hold. expected_gradient: the gradient of the loss that the backward pass will
-    be given, as far as known: another one costs a pass over the gradients. wide_sum: add a weight's
-    gradient up in float32; False: in the weight's dtype, without the float32 copy that a weight of
-    lower precision else needs.
+    256 MiB of logits hold, or half the bytes of a float32 weight if that is more.
+    expected_gradient: the gradient of the loss that the backward pass will be given, as far as
+    known: another one costs a pass over the gradients. wide_sum: add a weight's gradient up in
+    float32; False: in the weight's dtype, without the float32 copy that a weight of lower precision
+    else needs.
     backend: auto | triton | chunked | reference; auto is triton on CUDA where it can run, else
     chunked. ValueError for arguments that do not fit together, or a backend that cannot run.
     """
@@ -56,7 +57,8 @@ def linear_cross_entropy(
         return reference(x_ND, weight_OD, targets_N, weights_N, vocab_size=vocab_size, **options)
     rows, columns = index(x_ND.shape[0]), index(weight_OD.shape[0])
     if chunk_rows is None:
-        chunk_rows = rows_per_chunk(rows, columns, x_ND.dtype.itemsize)
+        limit = logits_limit(columns, index(x_ND.shape[1]), weight_OD.dtype.itemsize)
+        chunk_rows = rows_per_chunk(rows, columns, x_ND.dtype.itemsize, limit)
     return chunked(
         x_ND,
         weight_OD,

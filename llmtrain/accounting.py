@@ -17,6 +17,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 
 import torch
+from llmtrain_kernels.linear_cross_entropy.chunks import logits_limit, most_rows, row_stride
 
 from llmtrain.channels.base import Channel
 from llmtrain.mixers.base import Mixer
@@ -146,6 +147,7 @@ def memory_per_rank(
     activation_checkpointing: str = "none",
     compiled: bool = False,
     chunk_tokens: int | None = None,
+    fused_head: bool = False,
     bucket_elements: int = 0,
     live_parameters: int = 1_000_000_000,
 ) -> MemoryEstimate:
@@ -161,7 +163,7 @@ def memory_per_rank(
     two a parameter; optimizer_step_values: temporary ones while it steps.
     bucket_elements: communication buffers altogether (reduce_bucket_size, twice with overlap_comm);
     they never hold more than all gradients, and one rank has none.
-    chunk_tokens: the objective's. Works on meta.
+    chunk_tokens: the objective's; fused_head: whether it keeps no logits. Works on meta.
     """
     if stage not in range(4):
         raise ValueError(f"memory: got ZeRO stage {stage}, expected 0, 1, 2 or 3; set deepspeed")
@@ -178,7 +180,9 @@ def memory_per_rank(
         optimizer=FP32_BYTES * -(-kept // owners),
         buffers=FP32_BYTES * min(bucket_elements, count) if world_size > 1 else 0,
         activations=activation_bytes(model, tokens, activation_checkpointing, compiled=compiled),
-        logits=logits_bytes(model, tokens, compiled=compiled, chunk_tokens=chunk_tokens),
+        logits=fused_head_bytes(model, tokens, chunk_tokens=chunk_tokens)
+        if fused_head
+        else logits_bytes(model, tokens, compiled=compiled, chunk_tokens=chunk_tokens),
         step=(shard if stage > 0 else 0) + FP32_BYTES * -(-optimizer_step_values // owners),
     )
 
@@ -220,3 +224,16 @@ def logits_bytes(
     heads = 1 if model.mtp is None else 1 + len(model.mtp)
     rows = heads * tokens if chunk_tokens is None else min(tokens, chunk_tokens)
     return rows * model.padded_vocab_size * (2 * size + (0 if compiled else 3 * FP32_BYTES))
+
+
+def fused_head_bytes(model: LanguageModel, tokens: int, *, chunk_tokens: int | None) -> int:
+    """What takes the logits' place when the head makes its gradients in the forward pass: a chunk
+    of logits, the weight in compute dtype, and of every head the gradients."""
+    size = model.compute_dtype.itemsize
+    columns, width = model.head_weight.shape
+    limit = logits_limit(columns, width, FP32_BYTES)
+    rows = chunk_tokens or most_rows(columns, size, limit)
+    buffer = min(rows, tokens) * row_stride(columns) * size
+    copy = columns * width * size if size < FP32_BYTES else 0
+    heads = 1 if model.mtp is None else 1 + len(model.mtp)
+    return buffer + copy + heads * (FP32_BYTES * columns * width + size * tokens * width)

@@ -38,8 +38,8 @@ class Plan:
     tokens: int
 
 
-def make_plan(config: dict, *, ranks: int = 1) -> Plan:
-    """The plan of a composed training configuration over that many ranks.
+def make_plan(config: dict, *, ranks: int = 1, device: str = "cuda") -> Plan:
+    """The plan of a composed training configuration over that many ranks. device: their type.
 
     ValueError when the rows of a global batch do not divide among the ranks and micro-batches.
     """
@@ -55,6 +55,9 @@ def make_plan(config: dict, *, ranks: int = 1) -> Plan:
 
     optimizer = build.part(config["optimizer"], build.label(config, "optimizer")).memory(model)
 
+    backend = config["objective"].get("backend", "logits")
+    fused_head = backend != "logits" and (backend != "auto" or device == "cuda")
+
     def memory(stage: int, micro_batch: int) -> MemoryEstimate:
         node = config["deepspeed"]
         return accounting.memory_per_rank(
@@ -68,6 +71,7 @@ def make_plan(config: dict, *, ranks: int = 1) -> Plan:
             activation_checkpointing=train["activation_checkpointing"],
             compiled=train["compile"] != "none",
             chunk_tokens=config["objective"].get("chunk_tokens"),
+            fused_head=fused_head,
             bucket_elements=node.get("reduce_bucket_size", 0) * (1 + node.get("overlap_comm", 0)),
         )
 

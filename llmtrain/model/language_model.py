@@ -134,14 +134,21 @@ class LanguageModel(nn.Module):
     def logits(self, hidden_BTD: Tensor) -> Tensor:
         """logits_BTO in the compute dtype, O = vocab_size: padding rows never get probability.
         Soft-capped ones are float32 at least: tanh gives the largest ones nearly equal values."""
-        if self.logit_scale != 1:
-            hidden_BTD = hidden_BTD * self.logit_scale
-        logits_BTO = self.head(hidden_BTD)[..., : self.vocab_size]
+        logits_BTO = self.head(self.head_input(hidden_BTD))[..., : self.vocab_size]
         cap = self.embedding.logit_softcap
         if cap is None:
             return logits_BTO
         wide = torch.promote_types(logits_BTO.dtype, torch.float32)
         return cap * torch.tanh(logits_BTO.to(wide) / cap)
+
+    def head_input(self, hidden_BTD: Tensor) -> Tensor:
+        """What the head reads."""
+        return hidden_BTD if self.logit_scale == 1 else hidden_BTD * self.logit_scale
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[padded_vocab_size, D]. Under ZeRO-3 the module that asks for it has it gathered."""
+        return self.embedding.weight if self.embedding.tied else self.head.weight
 
     def look_ahead(
         self,

@@ -37,8 +37,9 @@ class MultiToken(Causal):
         loss_weight: float = 0.3,
         z_loss: float = 0.0,
         chunk_tokens: int | None = None,
+        backend: str = "auto",
     ):
-        super().__init__(z_loss=z_loss, chunk_tokens=chunk_tokens)
+        super().__init__(z_loss=z_loss, chunk_tokens=chunk_tokens, backend=backend)
         if depth < 1:
             raise ValueError(
                 f"depth: got {depth}, expected >= 1; set objective.depth, or use objective=causal"
@@ -62,16 +63,17 @@ class MultiToken(Causal):
         hidden_BTD, _, aux = model(tokens_BT, ctx)
         sums = self.head_sums(model, hidden_BTD, targets_BT, weights_BT)
         out = self.total(sums, weights_BT.sum(), aux)
-        loss_sum, aux = out.loss_sum, dict(out.aux)
+        loss_sum, aux, share = out.loss_sum, dict(out.aux), self.loss_weight / self.depth
         for j, module in enumerate(model.mtp):
             k = j + 1
             hidden_BTD, _, own = model.look_ahead(
                 module, hidden_BTD, ahead(tokens_BT, k), ctx, known_BT=together(tokens_BT, ctx, k)
             )
             counts_BT = ahead(weights_BT, k) * together(tokens_BT, ctx, k + 1)
-            ce_sum, lse_sum = self.head_sums(model, hidden_BTD, ahead(targets_BT, k), counts_BT)
-            further = ce_sum + self.z_loss * lse_sum
-            loss_sum = loss_sum + self.loss_weight / self.depth * further
+            further, ce_sum, _ = self.head_sums(
+                model, hidden_BTD, ahead(targets_BT, k), counts_BT, share=share
+            )
+            loss_sum = loss_sum + share * further
             # no position counts where all documents are short: the mean is then 0
             mean = ce_sum / counts_BT.sum().clamp(min=torch.finfo(counts_BT.dtype).tiny)
             aux[f"metric/mtp{j}/ce"] = mean.detach()

@@ -162,6 +162,7 @@ class Engine:
         self.check, self.steps_before = check, 0
         # The true number of tokens is known only after the step's all-reduce; update() corrects.
         self.loss_scale = (world.size if zero.averages else 1) / step_tokens
+        module.expect_gradient(self.loss_scale)
         self.config = config = deepspeed_config(
             zero,
             micro_batch=micro_batch,

@@ -49,6 +49,10 @@ class TrainModule(nn.Module):
     def forward(self, micro: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         return self.compute(micro.tokens_BT, micro.targets_BT, micro.weights_BT, micro.ctx)
 
+    def expect_gradient(self, value: float) -> None:
+        """Tell the objective what loss_sum will be multiplied by before the backward pass."""
+        self.objective.expected_gradient = value
+
     def after_step(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """Call after_step of every channel that summed something over the step.
 
@@ -80,7 +84,8 @@ class TrainModule(nn.Module):
     def compile_blocks(self) -> None:
         """Let torch.compile take each block: equal blocks share their code, so it starts sooner.
 
-        And the step from logits to losses, which would else keep float32 copies of the logits.
+        And the step from logits to losses, which would else keep float32 copies of the logits. A
+        fused backend of the objective has its own kernels and is left as it is.
         """
         further = [module.block for module in self.model.mtp or ()]
         for block in [*self.model.stack.blocks, *further]:

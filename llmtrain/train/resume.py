@@ -61,6 +61,7 @@ MAY_CHANGE = (
     "channel.backend",
     "channels.*.backend",
     "objective.chunk_tokens",
+    "objective.backend",
     "tokenizer.*",  # the corpus counts: its fingerprint is compared
     "data.*",
 )

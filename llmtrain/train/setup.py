@@ -64,12 +64,12 @@ class Setup:
         optimizer = build.part(config["optimizer"], build.label(config, "optimizer"))
         optimizer.check_stage(zero.stage)
         one_row = {**config, "train": {**knobs, "micro_batch": 1}}
-        plan = make_plan(one_row, ranks=world.size)
+        plan = make_plan(one_row, ranks=world.size, device=device.type)
         ask = not elsewhere or device.type == "cpu"
         given = knobs["micro_batch"] if ask else knobs["micro_batch"] or 1
         micro_batch = choose_micro_batch(given, plan, zero.stage, device)
         chosen = {**config, "train": {**knobs, "micro_batch": micro_batch}}
-        plan = make_plan(chosen, ranks=world.size)
+        plan = make_plan(chosen, ranks=world.size, device=device.type)
         corpus = Path(data["root"]) / data["name"]
         order = {"seq_len": knobs["seq_len"], "seed": config["seed"]}
         splits = Manifest.load(corpus).splits
@@ -159,8 +159,8 @@ class Setup:
 
 
 def kernel_backends(config: dict, device: torch.device, vocab_size: int) -> dict[str, str]:
-    """Group and pattern letter -> backend, of the mixers and channels that choose one. ValueError
-    for an impossible one.
+    """Group and pattern letter -> backend, of the mixers and channels that choose one, and of the
+    objective when it is fused. ValueError for an impossible one.
 
     Asked before the start, because inside of torch.compile the error would drown.
     """
@@ -177,4 +177,6 @@ def kernel_backends(config: dict, device: torch.device, vocab_size: int) -> dict
             documents=knobs["mask_documents"],
         )
         chosen[f"channel {channel}"] = block.channel.kernel_backend(device=device, dtype=dtype)
+    objective = build.build_objective(config)
+    chosen["objective"] = objective.kernel_backend(device=device, dtype=dtype)
     return {part: backend for part, backend in sorted(chosen.items()) if backend is not None}

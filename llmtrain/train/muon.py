@@ -33,6 +33,7 @@ from llmtrain.train.matrix_homes import Partition, Shared, Whole
 from llmtrain.train.optimizer import (
     Group,
     Members,
+    OnePassAdamW,
     OptimizerMemory,
     by_width,
     check_limits,
@@ -50,7 +51,7 @@ STATE = ("momentum",)
 
 
 # DeepSpeed replaces gradients by updates of its own where "muon" stands in the optimizer's name.
-class OrthogonalMomentum(torch.optim.AdamW):
+class OrthogonalMomentum(OnePassAdamW):
     """The optimizer. Groups with a key "matrices" (one list a parameter) are Muon's.
 
     ns_dtype: None for bfloat16 on a GPU and the parameters' own dtype on a CPU.
@@ -68,12 +69,10 @@ class OrthogonalMomentum(torch.optim.AdamW):
         ns_dtype: torch.dtype | None,
         lr_scaling: str,
     ):
-        super().__init__(groups, betas=betas, eps=eps, fused=True)
+        super().__init__(groups, betas=betas, eps=eps)
         self.momentum, self.nesterov = momentum, nesterov
         self.ns_steps, self.ns_dtype = ns_steps, ns_dtype
         self.scaling = SCALINGS[lr_scaling]
-        self.grad_scale: Tensor | None = None
-        self.found_inf: Tensor | None = None
         self.homes = {
             group["name"]: Whole(group["matrices"]) for group in groups if "matrices" in group
         }

@@ -19,7 +19,7 @@ LARGEST = 512  # tensors of a launch
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """entries: int64 [rows + 2, width] on the device, padded with tensors of no elements that no
-    program finds. aligned: every address is a multiple of 16 bytes and every size one of 16; blocks:
+    program finds. aligned: every address is a multiple of 16 bytes, every size one of 16. blocks:
     programs to launch."""
 
     entries: Tensor

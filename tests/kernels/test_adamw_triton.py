@@ -118,7 +118,9 @@ def test_extreme_gradients():
         exact = copied(given, torch.float64)
         adamw_step(*given, **{**KNOBS, "eps": eps}, backend="triton")
         adamw_step(*exact, **{**KNOBS, "eps": eps}, backend="reference")
-        torch.testing.assert_close(given[0][0].double()[[0, 3, 4, 5, 6]], exact[0][0][[0, 3, 4, 5, 6]])
+        torch.testing.assert_close(
+            given[0][0].double()[[0, 3, 4, 5, 6]], exact[0][0][[0, 3, 4, 5, 6]]
+        )
         assert given[0][0].isfinite().all()
 
 
@@ -180,9 +182,7 @@ def test_compiles_as_one_graph():
     def step(p, g, m, v, steps):
         total = sum_of_squares(g, backend="triton", config=SMALL)
         scale = total.sqrt().clamp(min=1.0).float()
-        adamw_step(
-            p, g, m, v, steps, **KNOBS, grad_scale=scale, backend="triton", config=SMALL
-        )
+        adamw_step(p, g, m, v, steps, **KNOBS, grad_scale=scale, backend="triton", config=SMALL)
         return total
 
     one, two = state([70, 9]), state([70, 9])

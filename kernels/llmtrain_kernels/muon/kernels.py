@@ -36,7 +36,7 @@ def momentum_kernel(
     p_u = address(p_table + 2 * WIDTH, i_tensor, tl.pointer_type(kind), ALIGNED)
     o = i_block * BLOCK + tl.arange(0, BLOCK)
     mask = o < size
-    if SKIPS:
+    if SKIPS:  # noqa: SIM102 - a branch of the compiler's, then one of the device's
         if tl.load(p_skip) > 0.0:
             tl.store(p_u + o, tl.zeros((BLOCK,), kind), mask=mask)
             return
@@ -65,7 +65,7 @@ def apply_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    if SKIPS:
+    if SKIPS:  # noqa: SIM102 - a branch of the compiler's, then one of the device's
         if tl.load(p_skip) > 0.0:
             return
     i_tensor, i_block = find(p_table + 3 * WIDTH, tl.program_id(0), WIDTH)
@@ -104,9 +104,9 @@ def symmetric_matmul_kernel(
     B: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """EVEN: R is a multiple of B, C of BK. A program above the diagonal has nothing to do; one below
-    it writes its tile and the mirror image. Tiles on it are symmetric as they come: both elements
-    are sums of the same products in the same order."""
+    """EVEN: R is a multiple of B, C of BK. A program above the diagonal has nothing to do; one
+    below writes its tile and the mirror image. Tiles on it are symmetric as they come: elements
+    and their images are sums of the same products in the same order."""
     n_tile = tl.cdiv(R, B)
     i_row = tl.program_id(0) // n_tile
     i_col = tl.program_id(0) % n_tile

@@ -46,10 +46,18 @@ def momentum_step(
     chosen = select_backend("momentum_step", backend, device, dtypes, dtype)
     if chosen == "triton":
         pinned = [] if config is None else [config[key] for key in LISTED]
-        half = dtype == torch.bfloat16
-        return momentum_triton(
-            list(gradients), list(momenta), grad_scale, found_inf, momentum, nesterov, half, pinned
+        updates = [torch.empty_like(z, dtype=dtype) for z in momenta]
+        momentum_triton(
+            list(gradients),
+            list(momenta),
+            updates,
+            grad_scale,
+            found_inf,
+            momentum,
+            nesterov,
+            pinned,
         )
+        return updates
     return reference.momentum_step(
         gradients,
         momenta,
@@ -78,21 +86,20 @@ def select_backend(
     return triton_backend.select(operation, requested, device, why_not, "reference")
 
 
-@torch.library.custom_op("llmtrain::muon_momentum_step", mutates_args=("momenta",))
+@torch.library.custom_op("llmtrain::muon_momentum_step", mutates_args=("momenta", "updates"))
 def momentum_triton(
     gradients: list[Tensor],
     momenta: list[Tensor],
+    updates: list[Tensor],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
     momentum: float,
     nesterov: bool,
-    half: bool,
     config: list[int],
-) -> list[Tensor]:
+) -> None:
     """One launch. config: LISTED, or empty."""
     from llmtrain_kernels.muon.kernels import momentum_kernel
 
-    updates = outputs(momenta, half)
     size = sum(z.numel() for z in momenta)
     pinned = dict(zip(LISTED, config)) or launch("muon_momentum", momenta[0].device, size)
     scale, skip = (momenta[0] if z is None else z for z in (grad_scale, found_inf))  # not read
@@ -107,22 +114,16 @@ def momentum_triton(
                 NESTEROV=nesterov,
                 SCALED=grad_scale is not None,
                 SKIPS=found_inf is not None,
-                HALF=half,
+                HALF=updates[0].dtype == torch.bfloat16,
                 ALIGNED=found.aligned,
                 WIDTH=found.width,
                 **pinned,
             )
-    return updates
-
-
-def outputs(momenta: list[Tensor], half: bool) -> list[Tensor]:
-    dtype = torch.bfloat16 if half else torch.float32
-    return [torch.empty_like(z, dtype=dtype) for z in momenta]
 
 
 @momentum_triton.register_fake
-def _(gradients, momenta, grad_scale, found_inf, momentum, nesterov, half, config):
-    return outputs(momenta, half)
+def _(*arguments: object) -> None:
+    return None
 
 
 def apply_updates(

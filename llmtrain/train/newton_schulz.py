@@ -16,28 +16,12 @@ from __future__ import annotations
 from collections import defaultdict
 
 import torch
-from llmtrain_kernels.muon import symmetric_matmul
+from llmtrain_kernels.muon import COEFFICIENTS, EPS, newton_schulz
 from torch import Tensor
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-EPS = 1e-7  # least norm that is divided by
+__all__ = ["COEFFICIENTS", "EPS", "flops", "newton_schulz", "orthogonalise"]
+
 BATCH_ELEMENTS = 1 << 26  # of matrices that are worked on at once
-
-
-def newton_schulz(x_NRC: Tensor, steps: int) -> Tensor:
-    """Every matrix of a batch orthogonalised, in the dtype of the batch. S is the smaller of R and
-    C: tall matrices are multiplied from the right, where nothing needs to be transposed."""
-    a, b, c = COEFFICIENTS
-    tall = x_NRC.shape[1] > x_NRC.shape[2]
-    exact = torch.promote_types(x_NRC.dtype, torch.float32)
-    norm_N = torch.linalg.vector_norm(x_NRC, dim=(1, 2), keepdim=True, dtype=exact)
-    x_NRC = x_NRC / norm_N.clamp(min=EPS).to(x_NRC.dtype)
-    for _ in range(steps):
-        gram_NSS = symmetric_matmul(x_NRC.mT if tall else x_NRC)
-        both_NSS = symmetric_matmul(gram_NSS, gram_NSS, beta=b, alpha=c)
-        left, right = (x_NRC, both_NSS) if tall else (both_NSS, x_NRC)
-        x_NRC = torch.baddbmm(x_NRC, left, right, beta=a)
-    return x_NRC
 
 
 def orthogonalise(matrices: list[Tensor], *, steps: int, dtype: torch.dtype) -> list[Tensor]:

@@ -1,3 +1,3 @@
 """The kernels that have benchmark cases: the names of the files beside this one."""
 
-KERNELS: tuple[str, ...] = ()
+KERNELS: tuple[str, ...] = ("adamw", "newton_schulz")

@@ -30,8 +30,8 @@ class Table:
 
 def table(kinds: Sequence[Sequence[Tensor]], block: int) -> Table:
     """Of equally many tensors of each kind; sizes are those of the first kind. No waiting for the
-    device. Not to be captured in a CUDA graph, which would copy from memory that is free by then.
-    """
+    device. Captured in a CUDA graph, entries are written one by one: a copy from the host would be
+    repeated from memory that is free by then. groups() makes such tables short."""
     sizes = [z.numel() for z in kinds[0]]
     width = 1 << max(0, len(sizes) - 1).bit_length()
     addresses = [[z.data_ptr() for z in tensors] for tensors in kinds]
@@ -43,14 +43,24 @@ def table(kinds: Sequence[Sequence[Tensor]], block: int) -> Table:
     padding = [0] * (width - len(sizes))
     beyond = [2**62] * len(padding)  # begins later than any program
     entries = [row + padding for row in rows[:-1]] + [first + beyond]
-    device = kinds[0][0].device
-    host = torch.tensor(entries, dtype=torch.int64, pin_memory=device.type == "cuda")
     return Table(
-        entries=host.to(device, non_blocking=True),
+        entries=on_device(entries, kinds[0][0].device),
         width=width,
         aligned=all(a % ALIGNMENT == 0 for row in (*addresses, sizes) for a in row),
         blocks=blocks,
     )
+
+
+def on_device(entries: list[list[int]], device: torch.device) -> Tensor:
+    """The entries as int64."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        made = torch.empty(len(entries), len(entries[0]), dtype=torch.int64, device=device)
+        for row, numbers in zip(made, entries):
+            for place, number in zip(row, numbers):
+                place.fill_(number)  # an argument of its launch
+        return made
+    host = torch.tensor(entries, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
 
 
 def groups(*kinds: Sequence[Tensor]) -> list[tuple[Sequence[Tensor], ...]]:

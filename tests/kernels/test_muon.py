@@ -3,9 +3,13 @@
 import pytest
 import torch
 from llmtrain_kernels.muon import (
+    COEFFICIENTS,
     apply_updates,
     cost,
+    iteration_cost,
     momentum_step,
+    newton_schulz,
+    one_by_one,
     symmetric_cost,
     symmetric_matmul,
 )
@@ -62,6 +66,36 @@ def test_symmetric_matmul(turned):
     got = symmetric_matmul(gram, gram, alpha=0.3, beta=-2.0)
     torch.testing.assert_close(got, 0.3 * gram @ gram - 2 * gram)
     torch.testing.assert_close(symmetric_matmul(x, alpha=3.0), 3 * gram)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(5, 9), (9, 5), (7, 7), (1, 4)])
+def test_iteration_is_a_polynomial_of_singular_values(rows, cols):
+    """Of each matrix, tall or wide; zero stays zero."""
+    generator = torch.Generator().manual_seed(0)
+    x_NRC = torch.randn(3, rows, cols, generator=generator, dtype=torch.float64)
+    x_NRC[2] = 0
+    a, b, c = COEFFICIENTS
+    u, s, vt = torch.linalg.svd(x_NRC, full_matrices=False)
+    s = s / s.norm(dim=1, keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        s = a * s + b * s**3 + c * s**5
+    expected = (u * s[:, None]) @ vt
+    for got in (newton_schulz(x_NRC, 5), one_by_one(x_NRC, 5)):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
+    assert not newton_schulz(x_NRC[2:].bfloat16(), 5).any()
+
+
+def test_cost_of_the_iteration():
+    x_NRC = torch.randn(2, 16, 48)
+    for matrices in (x_NRC, x_NRC.mT.contiguous()):
+        n, rows, cols = matrices.shape
+        with FlopCounterMode(display=False) as counter:
+            newton_schulz(matrices, 3, backend="reference")
+        found = iteration_cost(n, rows, cols, 3, itemsize=4)
+        halves = 2 * 16 * 48 + 2 * 16 * 16  # what symmetric products are, whole, by 16 rows
+        saved = 3 * n * 16 * halves * (1 - (16 + 1) / (2 * 16))
+        assert found.flops == counter.get_total_flops() - saved
+        assert found.bytes_read == found.bytes_written == matrices.nbytes
 
 
 def test_errors():

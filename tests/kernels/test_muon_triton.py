@@ -160,6 +160,33 @@ def test_symmetric_matmul_on_a_gpu(rows, cols, turned):
     assert torch.equal(gram, replayed)
 
 
+@pytest.mark.gpu
+@hosts
+def test_passes_in_a_cuda_graph():
+    """Captured and replayed as called, after what the host had in memory is gone."""
+    one, two = (lists([70_000, 9], 0, 1) for _ in range(2))
+    options = {"momentum": 0.9, "nesterov": True, "dtype": torch.bfloat16}
+
+    def step(g, m):
+        apply_updates(g, momentum_step(g, m, **options), rate=0.1, decay=0.1)
+
+    for _ in range(3):
+        step(*one)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(*two)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(*two)
+    junk = [torch.ones(100, dtype=torch.int64, pin_memory=True) for _ in range(100)]
+    for _ in range(2):
+        graph.replay()
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+    assert junk
+
+
 @hosts
 @pytest.mark.parametrize("device", ["h100", "default"])
 def test_lists_compiled_for_hopper(device):

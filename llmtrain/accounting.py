@@ -153,11 +153,12 @@ def memory_per_rank(
 ) -> MemoryEstimate:
     """Estimate for float32 parameters, gradients and state under DeepSpeed (read in 0.19.8).
 
-    N parameters, W ranks. Stages 1 to 3 step a float32 copy of the rank's N/W parameters, though
-    the parameters are float32 already (stage 3 means not to, but compares a torch.device with a
-    string), and gather the gradients into a second flat buffer for the step. Stage 1 keeps whole
-    gradients until then, 2 and 3 only those of the rank; 3 splits the parameters too, and gathers
-    at most live_parameters of them (stage3_max_live_parameters).
+    N parameters, W ranks; stages 1 and 2 of one rank are stage 0 (train/zero.py). Stage 3 steps a
+    float32 copy of the rank's N/W parameters, though the parameters are float32 already (it means
+    not to, but compares a torch.device with a string); stages 1 and 2 step them where they are
+    (train/partitions.py). All three gather the gradients into a second flat buffer for the step.
+    Stage 1 keeps whole gradients until then, 2 and 3 only those of the rank; 3 splits the
+    parameters too, and gathers at most live_parameters of them (stage3_max_live_parameters).
 
     optimizer_values: float32 values that the optimizer keeps of the whole model, None for AdamW's
     two a parameter; optimizer_step_values: temporary ones while it steps.
@@ -167,6 +168,7 @@ def memory_per_rank(
     """
     if stage not in range(4):
         raise ValueError(f"memory: got ZeRO stage {stage}, expected 0, 1, 2 or 3; set deepspeed")
+    stage = 0 if world_size == 1 and stage in (1, 2) else stage
     count = sum(p.numel() for p in model.parameters())
     whole, shard = FP32_BYTES * count, FP32_BYTES * -(-count // world_size)
     kept = 2 * count if optimizer_values is None else optimizer_values
@@ -175,7 +177,7 @@ def memory_per_rank(
     tokens = micro_batch * seq_len
     return MemoryEstimate(
         parameters=whole if stage < 3 else shard + gathered,
-        master=shard if stage > 0 else 0,
+        master=shard if stage == 3 else 0,
         gradients=whole if stage < 2 else shard,
         optimizer=FP32_BYTES * -(-kept // owners),
         buffers=FP32_BYTES * min(bucket_elements, count) if world_size > 1 else 0,

@@ -182,9 +182,10 @@ def test_model_states_by_stage(build_model):
     table = {
         (0, 1): (whole, 0, whole, 2 * whole, 0),
         (0, 8): (whole, 0, whole, 2 * whole, 0),
-        (1, 1): (whole, whole, whole, 2 * whole, whole),
-        (1, 8): (whole, eighth, whole, 2 * eighth, eighth),
-        (2, 8): (whole, eighth, eighth, 2 * eighth, eighth),
+        (1, 1): (whole, 0, whole, 2 * whole, 0),
+        (1, 8): (whole, 0, whole, 2 * eighth, eighth),
+        (2, 1): (whole, 0, whole, 2 * whole, 0),
+        (2, 8): (whole, 0, eighth, 2 * eighth, eighth),
         (3, 8): (eighth + 4000, eighth, eighth, 2 * eighth, eighth),
     }
     for (stage, world), expected in table.items():
@@ -194,7 +195,7 @@ def test_model_states_by_stage(build_model):
 
 def test_total_is_the_fuller_of_backward_and_step(build_model):
     model = build_model(*SMALL, device="meta", dtype=torch.float32)
-    small, large = estimate(model, stage=1, seq_len=1), estimate(model, stage=1, seq_len=4096)
+    small, large = (estimate(model, stage=1, world_size=2, seq_len=n) for n in (1, 4096))
     for got, temporary in ((small, small.step), (large, large.activations + large.logits)):
         lasting = got.parameters + got.master + got.gradients + got.optimizer + got.buffers
         assert got.total == lasting + temporary

@@ -24,6 +24,7 @@ from types import ModuleType
 
 import torch
 import torch.distributed as dist
+from llmtrain_kernels.adamw import sum_of_squares
 from torch import Tensor
 from torch.autograd import Variable
 
@@ -45,7 +46,7 @@ from llmtrain.train.partitions import FlatPartitions, Fragment, Replicated, Weig
 from llmtrain.train.reference import Step
 from llmtrain.train.truth import OptimizerCheck
 from llmtrain.train.watchdog import Watch
-from llmtrain.train.zero import Zero0, deepspeed_config
+from llmtrain.train.zero import Zero0, deepspeed_config, for_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +157,7 @@ class Engine:
     ):
         deepspeed = load_deepspeed(device)
         deepspeed.init_distributed(BACKENDS[device.type], timeout=TIMEOUT)
+        zero = for_ranks(zero, world.size)
         self.world, self.device = world, device
         self.watch = watch or Watch()
         self.step_tokens, self.grad_clip = step_tokens, grad_clip
@@ -163,11 +165,11 @@ class Engine:
         # The true number of tokens is known only after the step's all-reduce; update() corrects.
         self.loss_scale = (world.size if zero.averages else 1) / step_tokens
         module.expect_gradient(self.loss_scale)
-        self.config = config = deepspeed_config(
+        self.config = deepspeed_config(
             zero,
             micro_batch=micro_batch,
             world_size=world.size,
-            own_optimizer=isinstance(optimizer, OrthogonalMomentum),
+            own_optimizer=type(optimizer) is not torch.optim.AdamW,
         )
         self.optimizer = optimizer
         parameters = {name: tuple(p.shape) for name, p in module.named_parameters()}
@@ -177,15 +179,13 @@ class Engine:
             model=module, optimizer=optimizer, config=self.config
         )
         # One rank has nothing to sum: spare the copies into buckets and back.
-        summed_by_hooks = zero.stage > 1 or config["zero_optimization"].get("overlap_comm", False)
-        alone = world.size == 1 and not summed_by_hooks
-        self.engine.enable_backward_allreduce = not alone
+        self.engine.enable_backward_allreduce = world.size > 1 or zero.stage > 0
         if zero.stage == 0:
             self.parts = Replicated(module, optimizer, world.rank, world.size)
         elif zero.stage == 3:
             self.parts = WeightPartitions(module, wrapped, world.rank)
         else:
-            self.parts = FlatPartitions(module, wrapped, alone=alone)
+            self.parts = FlatPartitions(module, wrapped, world.rank)
         if isinstance(optimizer, OrthogonalMomentum):
             optimizer.attach(rank=world.rank, size=world.size, partitioned=zero.stage > 0)
         self.module = module
@@ -237,7 +237,7 @@ class Engine:
         names = sorted(self.aux)
         passes = self.micro_steps * self.world.size
         means = [self.aux[name] / passes for name in names]
-        square = torch.nn.utils.get_total_norm(self.parts.gradients()).to(torch.float64).square()
+        square = sum_of_squares(self.parts.gradients())
         flag = torch.full_like(square, float(stop))
         own = torch.stack([square.to(self.device), flag.to(self.device), *means])
         channel_sums = [self.channel_sums[name].flatten() for name in sorted(self.channel_sums)]

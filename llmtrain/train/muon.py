@@ -26,13 +26,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from llmtrain_kernels.muon import apply_updates, momentum_step
 from torch import Tensor, nn
 
 from llmtrain.train.matrices import Matrix, matrix_parameters
-from llmtrain.train.matrix_homes import Partition, Shared, Whole
+from llmtrain.train.matrix_homes import Partition, Piece, Shared, Whole
 from llmtrain.train.optimizer import (
     Group,
     Members,
+    OnePassAdamW,
     OptimizerMemory,
     by_width,
     check_limits,
@@ -50,7 +52,7 @@ STATE = ("momentum",)
 
 
 # DeepSpeed replaces gradients by updates of its own where "muon" stands in the optimizer's name.
-class OrthogonalMomentum(torch.optim.AdamW):
+class OrthogonalMomentum(OnePassAdamW):
     """The optimizer. Groups with a key "matrices" (one list a parameter) are Muon's.
 
     ns_dtype: None for bfloat16 on a GPU and the parameters' own dtype on a CPU.
@@ -68,12 +70,10 @@ class OrthogonalMomentum(torch.optim.AdamW):
         ns_dtype: torch.dtype | None,
         lr_scaling: str,
     ):
-        super().__init__(groups, betas=betas, eps=eps, fused=True)
+        super().__init__(groups, betas=betas, eps=eps)
         self.momentum, self.nesterov = momentum, nesterov
         self.ns_steps, self.ns_dtype = ns_steps, ns_dtype
         self.scaling = SCALINGS[lr_scaling]
-        self.grad_scale: Tensor | None = None
-        self.found_inf: Tensor | None = None
         self.homes = {
             group["name"]: Whole(group["matrices"]) for group in groups if "matrices" in group
         }
@@ -111,39 +111,43 @@ class OrthogonalMomentum(torch.optim.AdamW):
 
     def step_matrices(self, group: dict) -> None:
         tensors = [parameter.detach() for parameter in group["params"]]
-        updates = [self.average(parameter) for parameter in group["params"]]
+        dtype = self.dtype_for(tensors[0])
         pieces = self.homes[group["name"]].pieces(
-            tensors, updates, steps=self.ns_steps, dtype=self.dtype_for(tensors[0])
+            tensors, self.averages(group["params"], dtype), steps=self.ns_steps, dtype=dtype
         )
+        by_scale: dict[float, list[Piece]] = {}
+        for piece in pieces:
+            by_scale.setdefault(self.scale_of(piece.matrix), []).append(piece)
         lr = group["lr"]
-        keep = torch.full_like(tensors[0].new_empty(()), 1.0 - lr * group["weight_decay"])
-        if self.found_inf is not None:
-            keep = torch.where(self.found_inf > 0, torch.ones_like(keep), keep)
-        torch._foreach_mul_(tensors, keep)
-        for view, result, matrix in pieces:
-            view.add_(result, alpha=-lr * self.scale_of(matrix))
+        for scale, alike in by_scale.items():
+            apply_updates(
+                [piece.view for piece in alike],
+                [piece.result for piece in alike],
+                rate=lr * scale,
+                decay=lr * group["weight_decay"],
+                found_inf=self.found_inf,
+            )
 
-    def average(self, parameter: Tensor) -> Tensor:
-        """Take the gradient into the momentum; what is to be orthogonalised, zero when the step
-        is skipped (zero stays zero in the iteration, and nothing else changes then either)."""
-        state = create_state(self, parameter, STATE)
-        mean, gradient = state["momentum"], parameter.grad
-        gradient = torch.zeros_like(mean) if gradient is None else gradient
-        if self.grad_scale is not None:
-            gradient = gradient / self.grad_scale
-        new = torch.lerp(mean, gradient, 1.0 - self.momentum)
-        if self.found_inf is None:
-            mean.copy_(new)
-            state["step"] += 1
-        else:
-            skipped = self.found_inf > 0
-            torch.where(skipped, mean, new, out=mean)
-            state["step"] += torch.where(skipped, 0.0, 1.0)
-        if self.nesterov:
-            torch.lerp(gradient, mean, self.momentum, out=new)
-        if self.found_inf is not None:
-            new = torch.where(skipped, torch.zeros_like(mean), new)
-        return new
+    def averages(self, parameters: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Take the gradients into the momenta; what is to be orthogonalised, zero when the step is
+        skipped (zero stays zero in the iteration, and nothing else changes then either)."""
+        states = [create_state(self, parameter, STATE) for parameter in parameters]
+        momenta = [state["momentum"] for state in states]
+        gradients = [
+            torch.zeros_like(mean) if parameter.grad is None else parameter.grad.contiguous()
+            for parameter, mean in zip(parameters, momenta)
+        ]
+        applied = 1 if self.found_inf is None else torch.where(self.found_inf > 0, 0.0, 1.0)
+        torch._foreach_add_([state["step"] for state in states], applied)
+        return momentum_step(
+            gradients,
+            momenta,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            dtype=dtype,
+            grad_scale=self.grad_scale,
+            found_inf=self.found_inf,
+        )
 
     def scale_of(self, matrix: Matrix) -> float:
         """s: that of the matrix at muP's base width, growing from there as sqrt(rows / cols)."""
@@ -281,8 +285,8 @@ class Muon:
         return "\n".join(lines)
 
     def memory(self, model: nn.Module) -> OptimizerMemory:
-        """One value kept of a matrix's element, two of another; while it steps, averages in
-        float32 and results, counted as float32 (in bfloat16 it is half)."""
+        """One value kept of a matrix's element, two of another; while it steps, averages, batches
+        and results, counted as float32 (in bfloat16 it is half)."""
         count = sum(parameter.numel() for parameter in model.parameters())
         matrices = sum(matrix.numel for cut in matrix_parameters(model).values() for matrix in cut)
         return OptimizerMemory(state=2 * count - matrices, step=3 * matrices)

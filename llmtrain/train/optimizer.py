@@ -3,8 +3,9 @@ model.mup_base_width those whose learning rate depends on the width are groups o
 
 No decay: norms, biases and everything else with fewer than two dimensions; what a module lists in
 no_weight_decay; and the embeddings, unless decay_embeddings. Loshchilov and Hutter 2019,
-arXiv:1711.05101. The kernel is torch's fused one, on CUDA and on the CPU: besides speed it takes
-the clipping factor and the skip flag as tensors, so that a step needs no host synchronisation.
+arXiv:1711.05101. The step is llmtrain_kernels.adamw's one pass on CUDA, torch's fused kernel on the
+CPU: besides speed they take the clipping factor and the skip flag as tensors, so that a step needs
+no host synchronisation.
 
 What the engine needs of any optimizer: groups with the keys of Group.options(); grad_scale and
 found_inf, set before each step, which divide the gradients and, when 1, stop every change.
@@ -15,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from llmtrain_kernels.adamw import adamw_step
 from torch import Tensor, nn
 
 from llmtrain.model.width import width_of
@@ -77,6 +79,34 @@ def create_state(
         for kind in kinds:
             state[kind] = torch.zeros_like(parameter, requires_grad=False)
     return state
+
+
+class OnePassAdamW(torch.optim.AdamW):
+    """torch's, with one pass over memory a step. Groups as Group.options() gives them."""
+
+    def __init__(self, groups: list[dict], *, betas: tuple[float, float], eps: float):
+        super().__init__(groups, betas=betas, eps=eps, fused=True)
+        self.grad_scale: Tensor | None = None
+        self.found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update the groups that are in param_groups now: DeepSpeed gives one at a time."""
+        for group in self.param_groups:
+            stepped = [p for p in group["params"] if p.grad is not None]
+            states = [create_state(self, p, group["state"]) for p in stepped]
+            adamw_step(
+                [p.detach() for p in stepped],
+                [p.grad.contiguous() for p in stepped],
+                *([state[kind] for state in states] for kind in (*ADAMW_STATE, "step")),
+                lr=group["lr"],
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                grad_scale=self.grad_scale,
+                found_inf=self.found_inf,
+            )
 
 
 def decay_groups(model: nn.Module, *, decay_embeddings: bool) -> dict[str, Members]:
@@ -165,12 +195,10 @@ class AdamW:
             )
         ]
 
-    def build(self, model: nn.Module) -> torch.optim.AdamW:
+    def build(self, model: nn.Module) -> OnePassAdamW:
         """The optimizer over the model's parameters."""
         groups = [group.options() for group in self.all_groups(model) if group.members]
-        return torch.optim.AdamW(
-            groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True
-        )
+        return OnePassAdamW(groups, betas=(self.beta1, self.beta2), eps=self.eps)
 
     def describe(self, model: nn.Module) -> str:
         """One line per group: its decay, tensors and parameters."""

@@ -107,19 +107,22 @@ class Replicated:
 class FlatPartitions:
     """Stages 1 and 2: each parameter group is one flat tensor, cut evenly among the ranks.
 
-    alone: the only rank, and DeepSpeed was told not to sum gradients over ranks.
+    DeepSpeed clones this rank's slice to be the master weights; both are float32, so they become
+    one, and its copy from one to the other after each step finds nothing to do.
     """
 
-    def __init__(self, module: nn.Module, zero: object, *, alone: bool):
+    def __init__(self, module: nn.Module, zero: object, rank: int):
         self.names = {p: name for name, p in module.named_parameters()}
         self.parameters = {name: p for p, name in self.names.items()}
-        self.zero, self.alone = zero, alone
+        self.zero = zero
+        slices_of_rank = [every[rank] for every in zero.parallel_partitioned_bit16_groups]
+        for master, own in zip(zero.single_partition_of_fp32_groups, slices_of_rank, strict=True):
+            assert (master.dtype, master.shape) == (own.dtype, own.shape)
+            master.data = own.data
         self.states = group_states(zero.optimizer)
 
     def gradients(self) -> list[Tensor]:
         """The step's gradients of what this rank owns, summed over ranks."""
-        if self.alone:
-            self.take_gradients()
         return [grad for group in self.zero.averaged_gradients.values() for grad in group]
 
     def gradient(self, fragment: Fragment) -> Tensor:
@@ -127,22 +130,6 @@ class FlatPartitions:
         mapping = self.parameters[fragment.name]._hp_mapping
         at = mapping.get_hp_fragment_address()
         return cut(self.zero.averaged_gradients[mapping.param_group_index], at.start, at.numel)
-
-    def take_gradients(self) -> None:
-        """Hand the parameters' own gradients to DeepSpeed's step, as its reduction would."""
-        zero = self.zero
-        for i, parameters in enumerate(zero.params_in_partition):
-            dtype = zero.gradient_accumulation_dtype
-            zero.all_grad_tensors[i] = zero.get_all_grad_tensors(parameters, dtype=dtype)
-            zero.averaged_gradients[i] = zero.get_flat_partition(
-                parameters,
-                zero.first_offset[i],
-                zero.partition_size[i],
-                dtype=dtype,
-                device=parameters[0].device,
-                param_group_idx=i,
-                return_tensor_list=True,
-            )
 
     def to_load(self) -> list[Fragment]:
         fragments = []

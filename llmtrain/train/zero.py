@@ -116,6 +116,14 @@ class Zero3(Zero0):
         }
 
 
+def for_ranks(zero: Zero0, world_size: int) -> Zero0:
+    """What so many ranks run. One rank has nothing to divide: at stages 1 and 2 DeepSpeed would
+    only copy, gradients into a flat tensor and weights out of one (docs/optimizer_bytes.md)."""
+    if world_size > 1 or zero.stage not in (1, 2):
+        return zero
+    return Zero0(communication_dtype=zero.communication_dtype)
+
+
 def deepspeed_config(
     zero: Zero0, *, micro_batch: int, world_size: int, own_optimizer: bool = False
 ) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ import torch
 from llmtrain import build
 from llmtrain.config import compose
 from llmtrain.train.engine import load_deepspeed
-from llmtrain.train.zero import Zero0, deepspeed_config
+from llmtrain.train.partitions import FlatPartitions
+from llmtrain.train.zero import Zero0, deepspeed_config, for_ranks
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 
@@ -56,3 +58,29 @@ def test_error():
         ValueError, match=r"communication_dtype: got 'fp8', expected one of fp32, b"
     ):
         Zero0(communication_dtype="fp8")
+
+
+def test_one_rank_divides_nothing():
+    for option in STAGES:
+        chosen = zero(option)
+        assert for_ranks(chosen, 2) is chosen
+        alone = for_ranks(chosen, 1)
+        assert alone.stage == (3 if option == "zero3" else 0)
+        assert alone.communication_dtype == chosen.communication_dtype
+
+
+def test_masters_are_the_weights():
+    """What the optimizer writes is what the model reads, without a copy."""
+    flat = torch.arange(6.0)
+    master = torch.nn.Parameter(flat[3:].clone())
+    group = {"params": [master], "state": ("exp_avg",)}
+    fake = SimpleNamespace(
+        parallel_partitioned_bit16_groups=[[flat[:3], flat[3:]]],
+        single_partition_of_fp32_groups=[master],
+        optimizer=SimpleNamespace(param_groups=[group], state={master: {}}),
+    )
+    FlatPartitions(torch.nn.Module(), fake, 1)
+    with torch.no_grad():
+        master += 1
+    assert flat.tolist() == [0, 1, 2, 4, 5, 6]
+    assert fake.optimizer.state[master]["exp_avg"].shape == master.shape

@@ -1,5 +1,12 @@
 """The kernels that have benchmark cases: the names of the files beside this one."""
 
 KERNELS: tuple[str, ...] = (
+    "adamw",
+    "attention",
+    "causal_conv",
+    "glu",
     "linear_cross_entropy",
+    "newton_schulz",
+    "norm",
+    "rope",
 )

@@ -1,0 +1,232 @@
+"""Muon's Triton kernels: in Triton's interpreter, compiled for a GPU that is not there, on one."""
+
+from collections import defaultdict
+
+import pytest
+import torch
+from llmtrain_kernels.launch import tables
+from llmtrain_kernels.muon import apply_updates, momentum_step, symmetric_matmul
+from offline import DEVICE, INTERPRETED, compile_for_hopper, hosts, run_in_interpreter, runs
+
+pytest.importorskip("triton")
+
+SMALL = {"BLOCK": 64, "num_warps": 4}
+TILES = {"B": 16, "BK": 16, "num_warps": 4, "num_stages": 2}
+LISTS = [[1], [64, 144], [5, 0, 130, 64, 3]]
+BITS = 2**-7 if INTERPRETED else 2**-8  # of bfloat16; the interpreter cuts off instead of rounding
+
+
+def draw(*shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+
+def lists(sizes, *seeds):
+    return [[draw(n, seed=seed) for n in sizes] for seed in seeds]
+
+
+def scalar(value):
+    return torch.tensor(value, device=DEVICE)
+
+
+@hosts
+def test_in_the_interpreter():
+    run_in_interpreter(__file__, at_least=20)
+
+
+@runs
+@pytest.mark.parametrize("sizes", LISTS, ids=str)
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("momentum", [0.95, 0.0])
+def test_momentum_is_the_reference_in_float64(sizes, nesterov, momentum):
+    for dtype, tolerance in ((torch.float32, 3e-7), (torch.bfloat16, BITS)):
+        g, m = lists(sizes, 0, 1)
+        exact = [[z.double() for z in some] for some in (g, m)]
+        options = {"momentum": momentum, "nesterov": nesterov, "grad_scale": scalar(3.0)}
+        options["found_inf"] = scalar(0.0)
+        got = momentum_step(g, m, dtype=dtype, backend="triton", config=SMALL, **options)
+        expected = momentum_step(*exact, dtype=torch.float64, backend="reference", **options)
+        for a, b, c, d in zip(m, exact[1], got, expected):
+            torch.testing.assert_close(a.double(), b, rtol=3e-7, atol=3e-7)
+            assert c.dtype == dtype
+            torch.testing.assert_close(c.double(), d, rtol=tolerance, atol=3e-7)
+
+
+@runs
+@pytest.mark.parametrize("sizes", LISTS, ids=str)
+def test_apply_is_the_reference_in_float64(sizes):
+    for dtype in (torch.float32, torch.bfloat16):
+        p, u = lists(sizes, 0, 1)
+        u = [z.to(dtype) for z in u]
+        exact = [[z.double() for z in some] for some in (p, u)]
+        options = {"rate": 0.3, "decay": 0.01, "found_inf": scalar(0.0)}
+        apply_updates(p, u, backend="triton", config=SMALL, **options)
+        apply_updates(*exact, backend="reference", **options)
+        for a, b in zip(p, exact[0]):
+            torch.testing.assert_close(a.double(), b, rtol=3e-7, atol=3e-7)
+
+
+@runs
+def test_a_skipped_step_changes_nothing():
+    g, m = lists([64, 9], 0, 1)
+    g[0][:] = torch.nan
+    before = [z.clone() for z in m]
+    options = {"momentum": 0.9, "nesterov": True, "grad_scale": scalar(torch.nan)}
+    options |= {"found_inf": scalar(1.0), "backend": "triton", "config": SMALL}
+    for dtype in (torch.float32, torch.bfloat16):
+        got = momentum_step(g, m, dtype=dtype, **options)
+        assert not any(u.any() for u in got)
+        torch.testing.assert_close(m, before, rtol=0, atol=0)
+    apply_updates(m, got, rate=1.0, decay=0.5, found_inf=scalar(1.0), backend="triton")
+    torch.testing.assert_close(m, before, rtol=0, atol=0)
+
+
+@runs
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("rows", "cols"), [(16, 32), (1, 5), (17, 16), (33, 70), (48, 16)])
+def test_symmetric_matmul_is_the_reference_in_float64(rows, cols, turned):
+    """Whole and ragged tiles, transposed views, one row; nothing beyond the output is written."""
+    x = draw(2, cols, rows).mT if turned else draw(2, rows, cols)
+    expected = symmetric_matmul(x.double(), backend="reference")
+    gram = symmetric_matmul(x, backend="triton", config=TILES)
+    torch.testing.assert_close(gram.double(), expected, rtol=2e-6, atol=2e-5)
+    assert torch.equal(gram, gram.mT)
+    expected = symmetric_matmul(gram.double(), gram.double(), alpha=0.3, beta=-2.0)
+    got = symmetric_matmul(gram, gram, alpha=0.3, beta=-2.0, backend="triton", config=TILES)
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-6 * scale)
+    assert torch.equal(got, got.mT)
+
+
+@runs
+def test_symmetric_matmul_of_extreme_values():
+    x = draw(1, 20, 20) * torch.tensor([1e-18, 1.0, 1e17, 0.0], device=DEVICE).repeat(5)[:, None]
+    expected = symmetric_matmul(x.double(), backend="reference")
+    got = symmetric_matmul(x, backend="triton", config=TILES).double()
+    size = x.double().norm(dim=2)
+    assert ((got - expected).abs() <= 1e-6 * size[:, :, None] * size[:, None] + 1e-38).all()
+
+
+@runs
+def test_operators_are_registered_soundly():
+    g, m = lists([5, 9], 0, 1)
+    checks = {"test_utils": ("test_schema", "test_faketensor")}
+    operators = torch.ops.llmtrain
+    u = [torch.zeros_like(z, dtype=torch.bfloat16) for z in m]
+    arguments = (g, m, u, None, scalar(0.0), 0.9, True, [64, 4])
+    torch.library.opcheck(operators.muon_momentum_step, arguments, **checks)
+    torch.library.opcheck(operators.muon_apply_updates, (m, g, None, 0.1, 0.1, [64, 4]), **checks)
+    x = draw(2, 5, 9)
+    arguments = (x, None, 1.0, 1.0, [16, 16, 4, 2])
+    torch.library.opcheck(operators.symmetric_matmul, arguments, **checks)
+
+
+@runs
+def test_compiles_as_one_graph():
+    def step(g, m, x):
+        u = momentum_step(
+            g, m, momentum=0.9, nesterov=True, dtype=torch.float32, backend="triton", config=SMALL
+        )
+        apply_updates(m, u, rate=0.1, decay=0.1, backend="triton", config=SMALL)
+        return symmetric_matmul(x, backend="triton", config=TILES)
+
+    one, two = (lists([70, 9], 0, 1) for _ in range(2))
+    first = step(*one, draw(1, 5, 9))
+    second = torch.compile(step, fullgraph=True, backend="aot_eager")(*two, draw(1, 5, 9))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@hosts
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("rows", "cols"), [(2048, 5632), (1024, 2048), (200, 333)])
+def test_symmetric_matmul_on_a_gpu(rows, cols, turned):
+    """As near to float64 as cuBLAS, symmetric, the same bits twice, and in a CUDA graph."""
+    shape = (2, cols, rows) if turned else (2, rows, cols)
+    x = draw(*shape, dtype=torch.bfloat16)
+    x = x.mT if turned else x
+    gram, again = symmetric_matmul(x), symmetric_matmul(x)
+    plain = symmetric_matmul(x, backend="reference")
+    exact = symmetric_matmul(x.double(), backend="reference")
+    errors = [(z.double() - exact).norm() / exact.norm() for z in (gram, plain)]
+    assert errors[0] <= 1.1 * errors[1]
+    assert torch.equal(gram, again)
+    assert torch.equal(gram, gram.mT)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = symmetric_matmul(x)
+    graph.replay()
+    assert torch.equal(gram, replayed)
+
+
+@pytest.mark.gpu
+@hosts
+def test_passes_in_a_cuda_graph():
+    """Captured and replayed as called, after what the host had in memory is gone."""
+    one, two = (lists([70_000, 9], 0, 1) for _ in range(2))
+    options = {"momentum": 0.9, "nesterov": True, "dtype": torch.bfloat16}
+
+    def step(g, m):
+        apply_updates(g, momentum_step(g, m, **options), rate=0.1, decay=0.1)
+
+    for _ in range(3):
+        step(*one)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(*two)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(*two)
+    junk = [torch.ones(100, dtype=torch.int64, pin_memory=True) for _ in range(100)]
+    for _ in range(2):
+        graph.replay()
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+    assert junk
+
+
+@hosts
+@pytest.mark.parametrize("device", ["h100", "default"])
+def test_lists_compiled_for_hopper(device):
+    from llmtrain_kernels.muon.kernels import apply_kernel, momentum_kernel
+
+    types = defaultdict(lambda: "*fp32", p_table="*i64", rate="fp32", decay="fp32")
+    shared = {"SKIPS": True, "HALF": True, "ALIGNED": True, "WIDTH": 256}
+    momentum = {"NEW": 0.05, "NESTEROV": True, "SCALED": True}
+    kernels = (("muon_momentum", momentum_kernel, momentum, 3), ("muon_apply", apply_kernel, {}, 2))
+    for name, kernel, own, wide in kernels:
+        for entry in tables(device)[name]:
+            constants = {**shared, **own, "BLOCK": entry["BLOCK"]}
+            facts = compile_for_hopper(kernel, types, constants, num_warps=entry["num_warps"])
+            assert facts.spilled == 0
+            assert facts.registers <= 128
+            a_thread = entry["BLOCK"] // entry["num_warps"] // 32 // 4
+            assert facts.ptx.count(".v4.b32") >= wide * a_thread
+
+
+@hosts
+@pytest.mark.parametrize("inner", ["s_r", "s_c"])
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("device", ["h100", "default"])
+def test_symmetric_matmul_compiled_for_hopper(device, even, inner):
+    """Tensor cores by warp groups from shared memory, for rows and for columns in order."""
+    from llmtrain_kernels.muon.kernels import symmetric_matmul_kernel
+
+    integers = dict.fromkeys(("R", "C", "s_n", "s_r", "s_c"), "i32")
+    types = defaultdict(lambda: "*bf16", alpha="fp32", beta="fp32", **integers)
+    for entry in tables(device)["symmetric_matmul"]:
+        facts = compile_for_hopper(
+            symmetric_matmul_kernel,
+            types,
+            {"ADD": True, "EVEN": even, "PRECISION": "tf32", inner: 1}
+            | {key: entry[key] for key in ("B", "BK")},
+            num_warps=entry["num_warps"],
+            num_stages=entry["num_stages"],
+            divisible=tuple(integers),
+        )
+        assert facts.wgmma > 0
+        assert facts.spilled == 0
+        assert facts.shared <= 227 * 1024
+        assert facts.registers * entry["num_warps"] * 32 <= 65536

@@ -53,6 +53,7 @@ def engine(setup: Setup, watchdog: Watchdog) -> Engine:
         grad_clip=knobs["grad_clip"],
         check=check,
         watch=watchdog.watch,
+        compute_dtype=built.model.compute_dtype,
     )
 
 

@@ -11,7 +11,10 @@ did in 2026-06). Rajbhandari et al. 2020, arXiv:1910.02054.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+
+log = logging.getLogger(__name__)
 
 COMMUNICATION_DTYPES = ("fp32", "bf16")
 
@@ -114,6 +117,15 @@ class Zero3(Zero0):
             "override_module_apply": False,
             "ignore_unused_parameters": True,
         }
+
+
+def for_ranks(zero: Zero0, ranks: int) -> Zero0:
+    """The stage that is run. One rank has no other to divide state with: stages 1 and 2 would only
+    copy its weights (4 bytes a parameter), and its gradients and weights in every step."""
+    if ranks > 1 or zero.stage not in (1, 2):
+        return zero
+    log.info("one rank has nothing to divide: ZeRO stage %d is run as stage 0", zero.stage)
+    return Zero0(communication_dtype=zero.communication_dtype)
 
 
 def deepspeed_config(

@@ -38,6 +38,9 @@ class Train:
     keep: int
     keep_every: int | None
     resume: str
+    profile: bool
+    profile_first: int
+    profile_steps: int
     deterministic: bool
 
 

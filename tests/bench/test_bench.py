@@ -62,7 +62,7 @@ def test_a_spent_budget_and_a_failure_are_told(tmp_path, read):
     typed = ("quick=true", "only=[tiny_1layer]", "contenders=[ours]")
     assert bench(tmp_path, "step", *typed, "budget=0") == 0
     assert read("step.json")[0]["ours"] == {"error": "left out: the budget was spent"}
-    assert bench(tmp_path, "step", *typed, "changes=[model.n_layers=0]") == 0
+    assert bench(tmp_path, "step", *typed, 'changes=["model.n_layers=0"]') == 0
     assert "model.n_layers: got 0" in read("step.json")[0]["ours"]["error"]
     assert bench(tmp_path, "step", *typed, "limit=0.1") == 0
     assert read("step.json")[0]["ours"] == {"error": "no result within 0 s"}

@@ -58,7 +58,7 @@ class Entry:
 
 
 LLAMA_1B = Entry(
-    name="1.26b", model="llama_1b", seq_len=4096, micro_batch=4, micro_steps=4, vocab=32000
+    name="1.26b", model="llama_1b", seq_len=4096, micro_batch=8, micro_steps=2, vocab=32000
 )
 SLICE = Entry(
     name="8b_2layers",
@@ -77,8 +77,9 @@ ENTRIES = (
     replace(GPT, name="350m", model="gpt_350m", micro_batch=16, micro_steps=4),
     SLICE,
     replace(SLICE, name="8b_4layers", changes=("model.n_layers=4",), layers_of="8b_2layers"),
-    replace(LLAMA_1B, name="1.26b_8k", seq_len=8192, micro_batch=2),
-    replace(LLAMA_1B, name="1.26b_32k", seq_len=32768, micro_batch=1, micro_steps=2),
+    replace(LLAMA_1B, name="1.26b_4rows", micro_batch=4, micro_steps=4),
+    replace(LLAMA_1B, name="1.26b_8k", seq_len=8192, micro_batch=4),
+    replace(LLAMA_1B, name="1.26b_32k", seq_len=32768, micro_batch=1),
 )
 TINY = Entry(
     name="tiny_1layer",

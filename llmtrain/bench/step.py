@@ -127,7 +127,7 @@ class EntryRun:
             *(f"data.root={self.folder}", "data.name=random", f"run_dir={run_dir}"),
             f"train.total_tokens={10 * steps * self.entry.step_tokens}",
             *(f"train.log_every={STEPS}", f"train.device={self.device.type}"),
-            *("train.val_every=1000000", "train.save_every=1000000", "train.async_save=false"),
+            *("train.val_every=1000000", "train.save_every=1000000"),
             *("train.resume=never", "tracker=none", *self.config["changes"]),
         ]
         wanted = 1 + self.config["intervals"]

@@ -50,8 +50,8 @@ class Linear(nn.Linear):
         self.init_std = init_std
         super().__init__(d_in, d_out, bias=bias)
 
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.init_std)
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        nn.init.normal_(self.weight, std=self.init_std, generator=generator)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

@@ -196,23 +196,25 @@ def activation_bytes(
 
     Inputs and outputs of every linear layer and expert are counted, which stands for what lies
     between them too (queries, gates, norms); what recurrent mixers keep besides, and in half
-    precision the weights' copies in that dtype.
+    precision the weights' copies in that dtype, which stay between the passes (train/copies.py).
     """
     size = model.compute_dtype.itemsize
     per_application = []
+    copied: dict[Linear, int] = {}
     for block in [*model.stack.differentiated, *(model.mtp or ())]:
         linears = [m for m in block.modules() if isinstance(m, Linear)]
         kept = [m.kept_values() for m in block.modules() if isinstance(m, Channel)]
         values = sum(m.in_features + m.out_features for m in linears) + sum(v for v, _ in kept)
-        weights = sum(m.weight.numel() for m in linears) + sum(w for _, w in kept)
-        copies = weights if size < FP32_BYTES else 0
+        copies = sum(w for _, w in kept) if size < FP32_BYTES else 0
+        if size < FP32_BYTES:
+            copied |= {m: size * m.weight.numel() for m in linears}
         mixers = [m for m in block.modules() if isinstance(m, Mixer)]
         mixed = sum(m.kept_bytes(model.compute_dtype, compiled=compiled) for m in mixers)
         per_application.append(size * (values * tokens + copies) + math.ceil(mixed * tokens))
     if activation_checkpointing == "none":
-        return sum(per_application)
+        return sum(per_application) + sum(copied.values())
     inputs = size * tokens * model.embedding.weight.shape[1] * len(per_application)
-    return inputs + max(per_application)
+    return inputs + max(per_application) + sum(copied.values())
 
 
 def logits_bytes(

@@ -29,7 +29,15 @@ from llmtrain.widen import twice_as_wide
 
 # A configuration may come with a downloaded checkpoint, so `_target_` can only name our own parts.
 ALLOWED = ("llmtrain.", "llmtrain_data.")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# train.precision -> dtype of the activations.
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp8": torch.bfloat16,
+    "fp8_rowwise": torch.bfloat16,
+}
+# train.precision -> how its float8 products are scaled (train/copies.py).
+SCALINGS = {"fp8": "tensorwise", "fp8_rowwise": "rowwise"}
 # Knobs of the stack that say how blocks are made, with their types; its others go to the stack.
 BLOCK_KNOBS = {
     "pattern": str | list[str],

@@ -1,4 +1,4 @@
-"""The `llmtrain` command: prep, train, eval, generate, plan, checkpoint. Parses, composes, calls.
+"""The `llmtrain` command: prep, train, eval, generate, plan, bench. Parses, composes, calls.
 
 A user's mistake ends in one message and exit code 2; --debug (or LLMTRAIN_DEBUG=1) shows the
 traceback too. A failure inside another library keeps its traceback: that is nobody's typing.
@@ -30,6 +30,7 @@ SUMMARIES = {
     "logs": "the logs of all ranks of a run under Slurm, merged by time",
     "preflight": "check this machine as `launch` checks its nodes",
     "checkpoint": "list, verify, consolidate: the checkpoints of a run",
+    "bench": "step, data, kernels: measured, the device's floor, and peers beside it",
 }
 
 
@@ -131,7 +132,8 @@ def overview(parser: argparse.ArgumentParser) -> str:
 def command_help(command: str, config_dirs: Sequence[str]) -> str:
     """Groups with their options, then the command's YAML file, whose comments explain the keys."""
     defaults = groups.defaults(command)
-    takes = {"checkpoint": "list|verify|consolidate"}.get(command, "[group=option]")
+    actions = {"checkpoint": "list|verify|consolidate", "bench": "step|data|kernels"}
+    takes = actions.get(command, "[group=option]")
     lines = [f"usage: llmtrain {command} {takes} [key=value] ...", SUMMARIES[command], ""]
     if defaults:
         lines.append("groups (* is the default; knobs of an option: <group>.<knob>=value):")

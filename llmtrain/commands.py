@@ -52,6 +52,10 @@ def run(
         from llmtrain.checkpoint_command import split_action
 
         overrides = split_action(overrides)
+    if command == "bench":
+        from llmtrain.bench.command import split_action
+
+        overrides = split_action(overrides)
 
     def configuration() -> dict:
         if config_file:
@@ -124,6 +128,12 @@ def checkpoint(config: dict) -> int:
     return run(config)
 
 
+def bench(config: dict) -> int:
+    from llmtrain.bench.command import run
+
+    return run(config)
+
+
 COMMANDS = {
     "prep": prep,
     "train": train,
@@ -134,4 +144,5 @@ COMMANDS = {
     "status": status,
     "logs": logs,
     "checkpoint": checkpoint,
+    "bench": bench,
 }

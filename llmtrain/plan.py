@@ -62,7 +62,7 @@ def make_plan(config: dict, *, ranks: int = 1, device: str = "cuda") -> Plan:
         node = config["deepspeed"]
         return accounting.memory_per_rank(
             model,
-            stage=stage,
+            stage=0 if ranks == 1 and stage < 3 else stage,  # train/zero.py: for_ranks
             world_size=ranks,
             micro_batch=micro_batch,
             seq_len=seq_len,

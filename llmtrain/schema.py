@@ -23,7 +23,7 @@ class Train:
     global_batch_tokens: int
     micro_batch: int | None
     total_tokens: int
-    precision: Precision
+    precision: Literal["fp32", "bf16", "fp8", "fp8_rowwise"]
     compile: Literal["none", "blocks", "model"]
     activation_checkpointing: Literal["none", "full"]
     grad_clip: float | None
@@ -38,6 +38,9 @@ class Train:
     keep: int
     keep_every: int | None
     resume: str
+    profile: bool
+    profile_first: int
+    profile_steps: int
     deterministic: bool
 
 
@@ -270,6 +273,23 @@ class CheckpointConfig:
     dtype: Precision
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    action: Literal["step", "data", "kernels"]
+    quick: bool
+    only: list[str]
+    budget: float
+    out: str
+    device: Device
+    contenders: list[str]
+    precision: Literal["fp32", "bf16", "fp8", "fp8_rowwise"]
+    compile: Literal["none", "blocks", "model"]
+    changes: list[str]
+    intervals: int
+    limit: float
+    peers: bool
+
+
 COMMANDS = {
     "prep": PrepConfig,
     "train": TrainConfig,
@@ -281,6 +301,7 @@ COMMANDS = {
     "status": StatusConfig,
     "logs": LogsConfig,
     "checkpoint": CheckpointConfig,
+    "bench": BenchConfig,
 }
 
 

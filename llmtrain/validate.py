@@ -45,7 +45,7 @@ def validate(command: str, config: dict, raw: dict, typed: list[Override]) -> No
     if command == "eval":
         check_eval(config, typed)
         return
-    if command == "checkpoint":  # its own module looks at what each action reads
+    if command in ("checkpoint", "bench"):  # their own modules look at what each action reads
         return
     for place, node in parts({**config, "stack": build.stack_node(config)}):
         check_part(node, build.label(config, place))
@@ -57,6 +57,7 @@ def validate(command: str, config: dict, raw: dict, typed: list[Override]) -> No
         return
     check_sizes(config)
     check_health(config["health"], typed)
+    check_profile(config["train"], typed)
     check_mounted(config)
     check_position(config)
     check_model_overrides(raw, typed)
@@ -172,6 +173,25 @@ def check_health(health: dict, typed: list[Override]) -> None:
         raise ValueError(
             f"{override.input_line}: has no effect with health.optimizer_check=false; remove either"
         )
+
+
+def check_profile(train: dict, typed: list[Override]) -> None:
+    """The steps to profile lie in the run, and are not given for a profile that is off."""
+    steps = -(-train["total_tokens"] // train["global_batch_tokens"])
+    last = train["profile_first"] + train["profile_steps"] - 1
+    if train["profile"] and last > steps:
+        raise ValueError(
+            f"train.profile_first: got {train['profile_first']} and {train['profile_steps']} steps "
+            f"to profile, expected them within the {steps} steps of the run; lower "
+            "train.profile_first or raise train.total_tokens"
+        )
+    for key in ("profile_first", "profile_steps"):
+        override = given(typed, f"train.{key}")
+        if override and not train["profile"]:
+            raise ValueError(
+                f"{override.input_line}: has no effect with train.profile=false; add "
+                "train.profile=true or remove it"
+            )
 
 
 def check_mounted(config: dict) -> None:

@@ -86,6 +86,7 @@ def engine_step(
         micro_batch=rows,
         step_tokens=tokens,
         grad_clip=knobs["grad_clip"],
+        compute_dtype=module.model.compute_dtype,
     )
     results = []
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from llmtrain.bench import command as bench
 from llmtrain.checkpoint_command import check, split_action
 from llmtrain.config import compose
 from llmtrain.schema import COMMANDS
@@ -47,6 +48,8 @@ def test_commands_compose(line):
         return
     if command == "checkpoint":
         check(compose(command, split_action(overrides)))
+    elif command == "bench":
+        bench.check(compose(command, bench.split_action(overrides)))
     elif command == "launch":
         typed = Typed.split([word for word in overrides if word != "..."])
         assert compose(command, typed.launch)["overrides"] == typed.launch

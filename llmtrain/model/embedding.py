@@ -49,8 +49,8 @@ class Embedding(nn.Module):
         self.scaled_init = ("weight",) if init_std is None else ()
         self.weight = nn.Parameter(torch.empty(vocab_size, d_model))
 
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.init_std)
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        nn.init.normal_(self.weight, std=self.init_std, generator=generator)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         x_BTD = F.embedding(tokens_BT, self.weight)

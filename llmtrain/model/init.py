@@ -2,13 +2,18 @@
 
 So it is independent of world size, ZeRO stage and of which other parts the model has. A module's
 reset_parameters() fills its own direct parameters from torch's global generator; `initialise`
-walks the modules and seeds that generator from (seed, module name) before each call.
+walks the modules and seeds that generator from (seed, module name) before each call. Large modules
+take a generator of their own, seeded alike, and are filled in threads: the same values.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +53,12 @@ def initialise(model: nn.Module, seed: int) -> None:
     Raises TypeError when a module owns parameters but has no reset_parameters().
     """
     device = next(model.parameters()).device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    owners = Counter(p for m in model.modules() for p in m.parameters(recurse=False))
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        ThreadPoolExecutor(threads()) as pool,
+    ):
+        filling = []
         for name, module in model.named_modules():
             if not any(True for _ in module.parameters(recurse=False)):
                 continue
@@ -56,5 +66,19 @@ def initialise(model: nn.Module, seed: int) -> None:
                 raise TypeError(
                     f"{name}: {type(module).__name__} owns parameters but has no reset_parameters()"
                 )
-            torch.manual_seed(keyed_seed(seed, name))
-            module.reset_parameters()
+            own = keyed_seed(seed, name)
+            alone = all(owners[p] == 1 for p in module.parameters(recurse=False))
+            if alone and "generator" in inspect.signature(module.reset_parameters).parameters:
+                generator = torch.Generator(device).manual_seed(own)
+                filling.append(pool.submit(module.reset_parameters, generator))
+            else:
+                torch.manual_seed(own)
+                module.reset_parameters()
+        for filled in filling:
+            filled.result()
+
+
+def threads() -> int:
+    """This process's share of the machine's cores."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

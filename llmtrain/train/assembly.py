@@ -7,16 +7,18 @@ from datetime import timedelta
 import torch
 from llmtrain_data.manifest import TOKEN_BYTES_FILE, TOKENIZER_FILE
 
-from llmtrain import distributed
+from llmtrain import accounting, distributed
 from llmtrain.data.prefetch import Prefetcher
 from llmtrain.data.skips import DataSteps
 from llmtrain.model.init import keyed_seed
 from llmtrain.train import resume
+from llmtrain.train.account import Work, attention_flops
 from llmtrain.train.batches import HeldOut
 from llmtrain.train.checkpoint import CheckpointWriter
 from llmtrain.train.engine import Engine
 from llmtrain.train.meter import Meter
 from llmtrain.train.module import TrainModule
+from llmtrain.train.profiling import Profile
 from llmtrain.train.saving import Saver
 from llmtrain.train.setup import Setup
 from llmtrain.train.stragglers import Stragglers, own_work_ends
@@ -53,6 +55,7 @@ def engine(setup: Setup, watchdog: Watchdog) -> Engine:
         grad_clip=knobs["grad_clip"],
         check=check,
         watch=watchdog.watch,
+        compute_dtype=built.model.compute_dtype,
     )
 
 
@@ -131,3 +134,30 @@ def stragglers(setup: Setup, watchdog: Watchdog) -> Stragglers:
     )
     watchdog.watch.lap = made.clock.lap
     return made
+
+
+def profile(setup: Setup) -> Profile | None:
+    """What profiles steps on rank 0, if it is wished for."""
+    knobs = setup.config["train"]
+    if not knobs["profile"] or setup.world.rank:
+        return None
+    model = setup.build_module("meta").model
+    flops, short = (
+        accounting.train_flops_per_token(model, length) for length in (setup.plan.seq_len, 1)
+    )
+    tokens = setup.plan.rows * setup.plan.seq_len // setup.world.size  # of this rank
+    owners = setup.world.size if setup.zero.stage else 1
+    work = Work(
+        flops=tokens * flops,
+        attention_flops=tokens * attention_flops(flops, short),
+        params=sum(p.numel() for p in model.parameters()) // owners,
+        tokens=tokens,
+        device=setup.facts()["device"],
+    )
+    return Profile(
+        setup.run_dir,
+        setup.device,
+        first=knobs["profile_first"],
+        steps=knobs["profile_steps"],
+        work=work,
+    )

@@ -30,6 +30,7 @@ from torch.autograd import Variable
 
 from llmtrain.data.batch import MicroBatch
 from llmtrain.distributed import BACKENDS, TIMEOUT, World
+from llmtrain.train.copies import WeightCopies
 from llmtrain.train.faults import UNSPOILED, Spoil
 from llmtrain.train.guard import (
     APPLIED,
@@ -136,9 +137,9 @@ class Engine:
     """One model in training on this rank, which has joined the process group (distributed.start).
 
     step_tokens: tokens of a full global batch; grad_clip: None for no clipping; check: of the first
-    step that is applied; watch: is told where a step stands. The optimizer is built over the
-    module's own parameters, before any of this. shapes: name -> shape of every parameter and
-    persistent buffer, before any partitioning.
+    step that is applied; watch: is told where a step stands; compute_dtype: of the activations.
+    The optimizer is built over the module's own parameters, before any of this. shapes: name ->
+    shape of every parameter and persistent buffer, before any partitioning.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class Engine:
         grad_clip: float | None,
         check: OptimizerCheck | None = None,
         watch: Watch | None = None,
+        compute_dtype: torch.dtype = torch.float32,
     ):
         deepspeed = load_deepspeed(device)
         deepspeed.init_distributed(BACKENDS[device.type], timeout=TIMEOUT)
@@ -190,6 +192,8 @@ class Engine:
             optimizer.attach(rank=world.rank, size=world.size, partitioned=zero.stage > 0)
         self.module = module
         self.buffers = {name: module.get_buffer(name) for name in buffers}
+        # At stage 3 there is no whole weight between the layers' calls.
+        self.copies = WeightCopies(module, compute_dtype) if zero.stage < 3 else None
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -203,6 +207,8 @@ class Engine:
 
         spoil: what a fault on purpose multiplies.
         """
+        if self.copies is not None and self.micro_steps == 0:
+            self.copies.refresh()
         self.engine.set_gradient_accumulation_boundary(last)
         self.watch.at("forward")
         loss_sum, sums, aux = self.engine(micro)
@@ -286,6 +292,8 @@ class Engine:
     def evaluate(self, batches: Iterable[MicroBatch]) -> dict[str, float]:
         """Sums over the tokens of all ranks' batches; every rank gives equally many batches."""
         self.module.eval()
+        if self.copies is not None:
+            self.copies.refresh()
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device)
         for micro in batches:
             self.watch.at("validate")

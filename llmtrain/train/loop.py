@@ -115,6 +115,7 @@ class Run:
         if self.start is not None:
             announce_resume(setup.schedule, setup.optimizer.lr, trainer)
         self.stragglers = assembly.stragglers(setup, watchdog)
+        self.profile = assembly.profile(setup)
         self.results = Results(
             self.guard,
             self.meter,
@@ -209,7 +210,7 @@ class Run:
         """Steps, validations and checkpoints to the end, a stop, or the need to go back."""
         self.compare()
         while self.step < self.setup.plan.steps and not self.stopping:
-            self.one_step(batches)
+            self.profiled_step(batches)
             if self.step == self.first_step + 1:
                 gc.collect()
                 gc.freeze()  # what lives now lives to the end: later collections are short
@@ -260,6 +261,18 @@ class Run:
         self.log.event(left, "rollback", event)
         if self.world.rank == 0:
             resume.set_later_aside(run_dir, self.step)
+
+    def profiled_step(self, batches: Prefetcher) -> None:
+        """A step, and what is written after the last one that was to be profiled."""
+        if self.profile is None:
+            self.one_step(batches)
+            return
+        self.profile.before_step()
+        self.one_step(batches)
+        if self.profile.after_step():
+            with self.paused():
+                self.watch.at("profile", slow=True)
+                self.profile.write()
 
     def one_step(self, batches: Prefetcher) -> None:
         """Forward and backward of this rank's micro-batches, and the update."""

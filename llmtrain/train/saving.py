@@ -23,8 +23,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from llmtrain.distributed import leave_side_group
@@ -79,6 +81,7 @@ class Saver:
         self.writer, self.background, self.limit = writer, background, failures
         self.alive = alive
         self.memory: HostMemory | None = None
+        self.reservation: Future[HostMemory] | None = None
         self.thread: threading.Thread | None = None
         self.source: Copied | None = None
         self.latest: Save | None = None
@@ -92,11 +95,18 @@ class Saver:
         return self.crash is not None or self.failed_in_a_row >= self.limit
 
     def reserve(self, fragments: list[Fragment], generators: dict[str, Tensor]) -> None:
-        """Allocate the host memory now rather than in the first save."""
+        """Begin to allocate the host memory, rather than in the first save. In a thread: locking
+        its pages takes seconds, in which the first step compiles."""
         if self.background:
-            self.memory_for(Image.of(fragments, generators, self.writer.world.rank))
+            image = Image.of(fragments, generators, self.writer.world.rank)
+            thread = ThreadPoolExecutor(1, thread_name_prefix="reserve")
+            self.reservation = thread.submit(host_memory, image)
+            thread.shutdown(wait=False)
 
     def memory_for(self, image: Image) -> HostMemory:
+        if self.reservation is not None:
+            reservation, self.reservation = self.reservation, None
+            self.memory = reservation.result()
         if self.memory is None or not self.memory.holds(image):
             self.release()
             self.memory = HostMemory(image)
@@ -194,6 +204,10 @@ class Saver:
         return [self.finished.popleft() for _ in range(len(self.finished))]
 
     def release(self) -> None:
+        if self.reservation is not None:
+            reservation, self.reservation = self.reservation, None
+            if reservation.exception() is None:  # else nothing is held, and no save wanted it
+                self.memory = reservation.result()
         if self.memory is not None:
             self.memory.close()
             self.memory = None
@@ -206,3 +220,11 @@ class Saver:
         self.release()
         self.writer.close()
         leave_side_group(self.writer.group)
+
+
+def host_memory(image: Image) -> HostMemory:
+    """Memory for an image. A thread of its own begins on the first GPU, whichever the rank's is."""
+    devices = {tensor.device for tensor in image.tensors if tensor.is_cuda}
+    for device in devices:
+        torch.cuda.set_device(device)
+    return HostMemory(image)

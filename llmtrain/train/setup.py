@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from llmtrain_data.manifest import Manifest
+from llmtrain_kernels import float8
 
 from llmtrain import build
 from llmtrain.accounting import train_flops_per_token
@@ -17,6 +18,7 @@ from llmtrain.plan import Plan, describe, make_plan
 from llmtrain.train import faults
 from llmtrain.train.batches import choose_micro_batch
 from llmtrain.train.branch import settle
+from llmtrain.train.copies import use_float8
 from llmtrain.train.faults import Fault
 from llmtrain.train.guard import Knobs
 from llmtrain.train.module import TrainModule
@@ -26,7 +28,7 @@ from llmtrain.train.runlog import check_writable
 from llmtrain.train.schedule import Schedule
 from llmtrain.train.tracker import Tracker
 from llmtrain.train.truth import OptimizerCheck
-from llmtrain.train.zero import Zero0
+from llmtrain.train.zero import Zero0, for_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +63,14 @@ class Setup:
         config = settle(config)
         knobs, data, guard = config["train"], config["data"], config["guard"]
         zero = build.part(config["deepspeed"], build.label(config, "deepspeed"))
+        zero = for_ranks(zero, world.size)
+        ask = not elsewhere or device.type == "cpu"
+        if knobs["precision"] in build.SCALINGS:
+            check_float8(knobs, device if ask else None)
         optimizer = build.part(config["optimizer"], build.label(config, "optimizer"))
         optimizer.check_stage(zero.stage)
         one_row = {**config, "train": {**knobs, "micro_batch": 1}}
         plan = make_plan(one_row, ranks=world.size, device=device.type)
-        ask = not elsewhere or device.type == "cpu"
         given = knobs["micro_batch"] if ask else knobs["micro_batch"] or 1
         micro_batch = choose_micro_batch(given, plan, zero.stage, device)
         chosen = {**config, "train": {**knobs, "micro_batch": micro_batch}}
@@ -117,6 +122,8 @@ class Setup:
             compute_dtype=build.DTYPES[knobs["precision"]],
         )
         model.stack.activation_checkpointing = knobs["activation_checkpointing"]
+        if knobs["precision"] in build.SCALINGS:
+            use_float8(model, build.SCALINGS[knobs["precision"]])
         objective = build.build_objective(self.config)
         return TrainModule(model, objective, self.loader.token_bytes)
 
@@ -156,6 +163,23 @@ class Setup:
         chosen = ", ".join(f"{part}: {name}" for part, name in self.backends.items())
         lines = [describe(self.plan, rate), "optimizer groups", groups]
         return "\n".join(lines + ([f"kernel backends  {chosen}"] if chosen else []))
+
+
+def check_float8(knobs: dict, device: torch.device | None) -> None:
+    """ValueError for a device without float8 products (None: not known), and rows they cannot
+    take."""
+    place = f"train.precision={knobs['precision']}"
+    reason = None if device is None else float8.unavailable(device)
+    if reason is not None:
+        raise ValueError(
+            f"{place}: {reason}, expected an NVIDIA GPU of compute capability "
+            f"{'.'.join(map(str, float8.CAPABILITY))} or later; set train.precision=bf16"
+        )
+    if knobs["seq_len"] % float8.MULTIPLE:
+        raise ValueError(
+            f"{place}: got train.seq_len={knobs['seq_len']}, expected a multiple of "
+            f"{float8.MULTIPLE}; change it or set train.precision=bf16"
+        )
 
 
 def kernel_backends(config: dict, device: torch.device, vocab_size: int) -> dict[str, str]:

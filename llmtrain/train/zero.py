@@ -11,7 +11,10 @@ did in 2026-06). Rajbhandari et al. 2020, arXiv:1910.02054.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+
+log = logging.getLogger(__name__)
 
 COMMUNICATION_DTYPES = ("fp32", "bf16")
 
@@ -116,11 +119,12 @@ class Zero3(Zero0):
         }
 
 
-def for_ranks(zero: Zero0, world_size: int) -> Zero0:
-    """What so many ranks run. One rank has nothing to divide: at stages 1 and 2 DeepSpeed would
-    only copy, gradients into a flat tensor and weights out of one (docs/optimizer_bytes.md)."""
-    if world_size > 1 or zero.stage not in (1, 2):
+def for_ranks(zero: Zero0, ranks: int) -> Zero0:
+    """The stage that is run. One rank has nothing to divide: at stages 1 and 2 DeepSpeed would only
+    copy, gradients into a flat tensor and weights out of one (docs/optimizer_bytes.md)."""
+    if ranks > 1 or zero.stage not in (1, 2):
         return zero
+    log.info("one rank has nothing to divide: ZeRO stage %d is run as stage 0", zero.stage)
     return Zero0(communication_dtype=zero.communication_dtype)
 
 

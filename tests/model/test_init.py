@@ -2,7 +2,11 @@ import pytest
 import torch
 from torch import nn
 
+from llmtrain.model import init
+from llmtrain.model.embedding import Embedding
 from llmtrain.model.init import depth_std, initialise, keyed_seed
+from llmtrain.model.linear import Linear
+from llmtrain.model.norm import RMSNorm
 
 
 def test_values_depend_on_name_and_seed_alone(make_model):
@@ -24,6 +28,21 @@ def test_seed_changes_values_and_repeats_them(make_model):
     assert not torch.equal(first.state_dict()[name], second.state_dict()[name])
     layers = [first.state_dict()[name.replace(".1.", f".{i}.")] for i in range(3)]
     assert not torch.equal(layers[0], layers[1])
+
+
+@pytest.mark.parametrize("threads", [1, 7])
+def test_threads_draw_what_the_global_generator_would(monkeypatch, threads):
+    monkeypatch.setattr(init, "threads", lambda: threads)
+    parts = [Embedding(8, vocab_size=50), Linear(8, 24, bias=True), Linear(24, 8), RMSNorm(8)]
+    parts.append(Linear(8, 24))
+    parts[-1].weight = parts[1].weight  # of two modules: the last one's values
+    model = nn.Sequential(*parts)
+    initialise(model, 3)
+    drawn = [parameter.clone() for parameter in model.parameters()]
+    for name, module in enumerate(parts):
+        torch.manual_seed(keyed_seed(3, str(name)))
+        module.reset_parameters()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), drawn, strict=True))
 
 
 def test_every_parameter_is_filled_and_random_state_untouched(make_model):

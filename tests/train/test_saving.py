@@ -20,7 +20,7 @@ from llmtrain import checkpoint
 from llmtrain.distributed import World
 from llmtrain.manifest import rank_file
 from llmtrain.train import checkpoint as writing
-from llmtrain.train import image
+from llmtrain.train import image, saving
 from llmtrain.train.checkpoint import CheckpointWriter, SaveFailed
 from llmtrain.train.loop import train
 from llmtrain.train.partitions import Fragment
@@ -165,7 +165,7 @@ def test_host_memory_is_allocated_once_and_fits_other_fragments(make_saver):
     saver = make_saver()
     fragments, generators, trainer = state()
     saver.reserve(fragments, generators)
-    memory = saver.memory
+    memory = saver.reservation.result()
     assert memory.bytes.data_ptr() % 4096 == 0
     saver.save(1, fragments, generators, trainer)
     saver.save(2, *state())
@@ -177,6 +177,27 @@ def test_host_memory_is_allocated_once_and_fits_other_fragments(make_saver):
     assert saver.memory is not memory
     for step in (1, 2, 3):
         checkpoint.verify(saver.writer.path(step))
+
+
+def test_reserved_memory_that_no_save_wanted_is_released(make_saver):
+    saver = make_saver()
+    fragments, generators, _ = state()
+    saver.reserve(fragments, generators)
+    saver.close()
+    assert saver.memory is saver.reservation is None
+
+
+def test_memory_that_cannot_be_had_is_told_by_the_save(make_saver, monkeypatch):
+    saver = make_saver()
+
+    def refuse(image):
+        raise MemoryError("15 GiB")
+
+    monkeypatch.setattr(saving, "host_memory", refuse)
+    fragments, generators, trainer = state()
+    saver.reserve(fragments, generators)
+    with pytest.raises(MemoryError, match="15 GiB"):
+        saver.save(1, fragments, generators, trainer)
 
 
 @pytest.fixture

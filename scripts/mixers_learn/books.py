@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -109,10 +110,13 @@ def row_of(run_dir: Path, matched: Matched, options: argparse.Namespace, name: s
         "bits_per_byte": summary["val"]["bits_per_byte"],
         "val": [[e["tokens"], e["bits_per_byte"]] for e in entries if e["kind"] == "val"],
         "curve": [[e["tokens"], e["bits_per_byte"]] for e in train],
-        # the first interval has no rate, where it is one step
-        "tokens_per_second": max(e["tokens_per_second"] for e in train if "tokens_per_second" in e),
+        # the first interval has no rate, where it is one step; the last may be short
+        "tokens_per_second": median(
+            e["tokens_per_second"] for e in train if "tokens_per_second" in e
+        ),
         "skipped": summary["skipped"],
-        "memory": summary["memory"],
+        # a finished run that was started once more has a summary without a step
+        "memory_gib": max(e.get("memory_gib", 0.0) for e in train),
         "data_stream": json.loads(starts[-1])["data_stream"],
         **model_facts(model, matched, options.book_seq_len),
         **machine(torch.device(options.device)),

@@ -54,7 +54,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--heads", type=int, default=2)
     add("--recall-steps", type=int, default=6000)
     add("--recall-widths", nargs="+", type=int, default=[64])
-    trained = [(64, 4), (64, 8), (64, 16), (128, 32)]
+    # Attention learns to look one token back in short rows; without them it may never begin to.
+    trained = [(16, 2), (32, 4), (64, 8), (64, 16), (128, 32)]
     untrained = [(256, 64)]
     add("--recall-sizes", nargs="+", type=size, default=trained, help="tokens:pairs")
     add("--recall-tested", nargs="+", type=size, default=untrained, help="sizes not trained on")

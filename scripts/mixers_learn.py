@@ -54,7 +54,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--heads", type=int, default=2)
     add("--recall-steps", type=int, default=6000)
     add("--recall-widths", nargs="+", type=int, default=[64])
-    trained = [(64, 4), (64, 8), (64, 16), (128, 32)]
+    # Attention learns to look one token back in short rows; without them it may never begin to.
+    trained = [(16, 2), (32, 4), (64, 8), (64, 16), (128, 32)]
     untrained = [(256, 64)]
     add("--recall-sizes", nargs="+", type=size, default=trained, help="tokens:pairs")
     add("--recall-tested", nargs="+", type=size, default=untrained, help="sizes not trained on")
@@ -74,16 +75,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--data", default="books", help="option of the data group")
     add("--data-override", nargs="*", default=["data.name=books_8k", "tokenizer.vocab_size=8192"])
     add("--book-vocab", type=int, default=8192, help="tokens of its tokenizer")
-    add("--book-tokens", type=int, default=30_000_000)
-    add("--book-step-tokens", type=int, default=65_536)
+    add("--book-tokens", type=int, default=20_000_000)
+    add("--book-step-tokens", type=int, default=32_768)
     add("--micro-batch", type=int, default=64, help="rows")
     add("--book-seq-len", type=int, default=512)
     add("--book-width", type=int, default=512)
     add("--book-layers", type=int, default=8)
     add("--book-heads", type=int, default=8)
     add("--book-multiple", type=int, default=8, help="of the channel part's width")
-    add("--book-rates", nargs="+", type=float, default=[1e-3, 2e-3, 4e-3], help="learning rates")
-    add("--probe-tokens", type=int, default=2_000_000, help="of the run that chooses a rate")
+    add("--book-rates", nargs="+", type=float, default=[1e-3, 3e-3], help="learning rates")
     add("--val-tokens", type=int, default=400_000)
     return parser.parse_args(arguments)
 

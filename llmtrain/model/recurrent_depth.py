@@ -15,7 +15,10 @@ and gradients flow through the last backprop_repeats iterations only, into the c
 their e into the prelude. Instead of W, injection="add" gives core(s_(i-1) + e) and "none"
 core(s_(i-1)); the last with latent="prelude", s_0 = e, is the loop of the Universal Transformer
 (Dehghani et al. 2018, arXiv:1807.03819). With "add" and a tied head the tokens' own embeddings
-outweigh everything at first, and small models stand still at the unigrams: untie them.
+outweigh everything at first, and small models stand still at the unigrams: untie them. With W,
+embedding.scale=sqrt(D), as published (section 3.2), keeps tokens apart and trains faster; at a rate
+that a plain stack still bears they all become one vector, and the loss stays at the unigrams: lower
+optimizer.lr to a third (docs/log.md).
 
 At test time r is `repeats`, or what set_depth says. Each token's s_0 is then a function of its
 position alone, so that rows, packed documents and single steps agree. With an exit_threshold a

@@ -24,9 +24,10 @@ OUTSIDE = ("embedding", "position", "head")
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """overrides: of `llmtrain train`; small: further ones of the synthetic parts, {half} and
-    {quarter} being shares of the width; large: of the books. patterns: number of layers -> letters
-    of a hybrid's stack. sequential: steps token by token, so it takes long and is not compiled.
+    """overrides: of `llmtrain train`; small: further ones of the synthetic parts; large: of the
+    books. In all of them {half} and {quarter} are shares of the width, {root} its square root.
+    patterns: number of layers -> letters of a hybrid's stack. sequential: steps token by token, so
+    it takes long and is not compiled.
 
     small gives Mamba-2, gated DeltaNet and mLSTM states of one size, width^2 / 2 numbers a layer
     with two heads.
@@ -42,9 +43,9 @@ class Arm:
 
     def chosen(self, *, width: int, layers: int, synthetic: bool) -> list[str]:
         """The overrides for a model of that size."""
-        shares = {"half": width // 2, "quarter": width // 4}
-        further = [text.format(**shares) for text in self.small] if synthetic else self.large
-        chosen = [*self.overrides, *further]
+        shares = {"half": width // 2, "quarter": width // 4, "root": width**0.5}
+        further = self.small if synthetic else self.large
+        chosen = [text.format(**shares) for text in (*self.overrides, *further)]
         if self.patterns is None:
             return chosen
         if layers not in self.patterns:
@@ -103,12 +104,19 @@ ARMS = {
             overrides=("mixer=mha", "channel=moe"),
             small=("channel.backend=masked",),
         ),
-        # In the synthetic parts a fixed number of iterations, which a CUDA graph cannot vary, from
-        # zero: without a seed, the first latent would tell positions.
+        # Embeddings times sqrt(D), as published: without it the first blocks' outputs outweigh
+        # them, tokens become alike, and a rate that attention likes ends at the unigrams. In the
+        # synthetic parts a fixed number of iterations, which a CUDA graph cannot vary, from zero:
+        # without a seed, the first latent would tell positions.
         Arm(
             name="recurrent_depth",
             label="attention, recurrent depth",
-            overrides=("mixer=mha", "stack=recurrent_depth", "stack.repeats=4"),
+            overrides=(
+                "mixer=mha",
+                "stack=recurrent_depth",
+                "stack.repeats=4",
+                "embedding.scale={root:.4f}",
+            ),
             small=(
                 "stack.coda=0",
                 "stack.sampling=fixed",

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -16,9 +17,9 @@ from mixers_learn.arms import ARMS, Matched, match
 from mixers_learn.workers import key_of, machine, model_facts
 
 
-def training(options: argparse.Namespace, name: str, *, lr: float, tokens: int) -> list[str]:
+def training(options: argparse.Namespace, name: str, lr: float) -> list[str]:
     """The overrides that every arm shares, less the sizes of the model."""
-    steps = -(-tokens // options.book_step_tokens)
+    steps = -(-options.book_tokens // options.book_step_tokens)
     on_gpu = options.device.startswith("cuda")
     sequential = ARMS[name].sequential
     compiled = on_gpu and not options.safe and not sequential
@@ -39,7 +40,7 @@ def training(options: argparse.Namespace, name: str, *, lr: float, tokens: int) 
         f"train.seq_len={options.book_seq_len}",
         f"train.global_batch_tokens={options.book_step_tokens}",
         f"train.micro_batch={rows}",
-        f"train.total_tokens={tokens}",
+        f"train.total_tokens={options.book_tokens}",
         f"train.precision={'bf16' if on_gpu else 'fp32'}",
         f"train.compile={'blocks' if compiled else 'none'}",
         f"train.device={'cuda' if on_gpu else 'cpu'}",
@@ -52,36 +53,32 @@ def training(options: argparse.Namespace, name: str, *, lr: float, tokens: int) 
 
 
 def books(options: argparse.Namespace, name: str) -> None:
-    """Choose an arm's learning rate by short runs, train it, or go on, and write its row."""
-    settings = {k: v for k, v in vars(options).items() if k.startswith(("book", "data", "probe"))}
+    """Train an arm with every learning rate, or go on, and write the row of the best."""
+    settings = {k: v for k, v in vars(options).items() if k.startswith(("book", "data"))}
     key = key_of("books", name, **settings)
     if key in results.finished(options.out):
         return
-    probes = {}
-    if len(options.book_rates) > 1:
-        for lr in options.book_rates:
-            folder, _ = run(options, name, lr=lr, tokens=options.probe_tokens, kind="probe")
-            probes[lr] = read_summary(folder)["val"]["bits_per_byte"]
-    lr = min(probes, key=probes.__getitem__, default=options.book_rates[0])
-    folder, matched = run(options, name, lr=lr, tokens=options.book_tokens, kind="books")
-    row = row_of(folder, options, name, matched)
-    results.append(options.out, {"key": key, "lr": lr, "probes": probes, **row})
+    trained = {lr: run(options, name, lr) for lr in options.book_rates}
+    losses = {
+        lr: read_summary(folder)["val"]["bits_per_byte"] for lr, (folder, _) in trained.items()
+    }
+    best = min(losses, key=losses.__getitem__)
+    row = row_of(*trained[best], options, name)
+    results.append(options.out, {"key": key, "lr": best, "rates": losses, **row})
 
 
-def run(
-    options: argparse.Namespace, name: str, *, lr: float, tokens: int, kind: str
-) -> tuple[Path, Matched]:
+def run(options: argparse.Namespace, name: str, lr: float) -> tuple[Path, Matched]:
     """One run of an arm, or its continuation: (its folder, the arm)."""
     matched = match(
         ARMS[name],
-        training(options, name, lr=lr, tokens=tokens),
+        training(options, name, lr),
         d_model=options.book_width,
         layers=options.book_layers,
         vocab_size=options.book_vocab,
         synthetic=False,
         multiple=options.book_multiple,
     )
-    folder = options.out / "runs" / f"{kind}_{name}_{lr:g}"
+    folder = options.out / "runs" / f"books_{name}_{lr:g}"
     command = [sys.executable, "-m", "llmtrain.cli", "train", *matched.overrides]
     command += [f"name={folder.name}", f"run_dir={folder}"]
     print("llmtrain train", *command[4:], flush=True)
@@ -93,7 +90,7 @@ def read_summary(folder: Path) -> dict:
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
-def row_of(run_dir: Path, options: argparse.Namespace, name: str, matched: Matched) -> dict:
+def row_of(run_dir: Path, matched: Matched, options: argparse.Namespace, name: str) -> dict:
     """What a finished run's files say."""
     summary = read_summary(run_dir)
     lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -113,10 +110,13 @@ def row_of(run_dir: Path, options: argparse.Namespace, name: str, matched: Match
         "bits_per_byte": summary["val"]["bits_per_byte"],
         "val": [[e["tokens"], e["bits_per_byte"]] for e in entries if e["kind"] == "val"],
         "curve": [[e["tokens"], e["bits_per_byte"]] for e in train],
-        # the first interval has no rate, where it is one step
-        "tokens_per_second": max(e["tokens_per_second"] for e in train if "tokens_per_second" in e),
+        # the first interval has no rate, where it is one step; the last may be short
+        "tokens_per_second": median(
+            e["tokens_per_second"] for e in train if "tokens_per_second" in e
+        ),
         "skipped": summary["skipped"],
-        "memory": summary["memory"],
+        # a finished run that was started once more has a summary without a step
+        "memory_gib": max(e.get("memory_gib", 0.0) for e in train),
         "data_stream": json.loads(starts[-1])["data_stream"],
         **model_facts(model, matched, options.book_seq_len),
         **machine(torch.device(options.device)),

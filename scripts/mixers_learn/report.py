@@ -63,13 +63,15 @@ def accuracy_table(chosen: dict[tuple, dict], task: str, width: int) -> str:
 
 
 def books_table(rows: list[dict]) -> str:
-    head = ["arm", "held-out bits/byte", "lr", "tokens", "tokens/s", "parameters", "total"]
-    head += ["state, bytes", "FLOPs/token"]
+    head = ["arm", "held-out bits/byte", "lr", "at other rates", "tokens", "tokens/s"]
+    head += ["parameters", "total", "state, bytes", "FLOPs/token"]
     lines = []
     for row in sorted(rows, key=lambda row: row["bits_per_byte"]):
         counts = [f"{row[k]:,}" for k in ("body_parameters", "parameters", "state_bytes")]
         rate = f"{row['tokens_per_second']:,.0f}"
-        cells = [f"{row['bits_per_byte']:.4f}", f"{row['lr']:g}", f"{row['tokens']:,}", rate]
+        others = [f"{loss:.4f}" for lr, loss in row["rates"].items() if float(lr) != row["lr"]]
+        cells = [f"{row['bits_per_byte']:.4f}", f"{row['lr']:g}", ", ".join(others)]
+        cells += [f"{row['tokens']:,}", rate]
         cells += counts
         lines.append([ARMS[row["arm"]].label, *cells, f"{row['flops_per_token']:,.0f}"])
     return table(head, lines)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from llmtrain.channels.mlp import SwiGLU
 from llmtrain.channels.moe import MoE
 from llmtrain.channels.moe_dense import MoEDense
 from llmtrain.context import SequenceContext
@@ -126,6 +127,21 @@ def test_moe_of_all_experts_is_the_dense_mixture():
     sparse.load_state_dict(dense.state_dict())
     x_BTD = random_input()
     torch.testing.assert_close(sparse(x_BTD, CTX)[0], dense.double()(x_BTD, CTX)[0])
+
+
+def test_one_expert_is_a_plain_layer_with_its_gradients():
+    """Bit for bit: its weight is one, and sorting changes nothing."""
+    one = build(torch.float32, n_experts=1, top_k=1, renormalise=False)
+    plain = SwiGLU(D, layer_idx=0, n_layers=2, hidden=HIDDEN)
+    plain.load_state_dict({"gate_up.weight": one.gate_up[0], "down.weight": one.down[0]})
+    results = []
+    for channel, weights in ((one, (one.gate_up, one.down)), (plain, plain.parameters())):
+        x_BTD = random_input(dtype=torch.float32).requires_grad_()
+        y_BTD = channel(x_BTD, CTX)[0]
+        gradients = torch.autograd.grad(y_BTD.square().sum(), [x_BTD, *weights])
+        results.append([y_BTD, *gradients])
+    for mine, expected in zip(*results, strict=True):
+        assert mine.reshape(expected.shape).equal(expected)
 
 
 # Losses.

@@ -5,7 +5,9 @@ time, whole, and walks over the rows in steps of all programs, so that together 
 a copy would. What its code is laid out for:
 
 - Bytes bound these kernels: each operand is read once, 16 bytes a thread and load, and what comes
-  next is on its way while a tile is worked on (STAGES, and several programs on a processor).
+  next is on its way while a tile is worked on: STAGES - 2 tiles a program (Triton asks for a tile
+  at the end of a step, so that two stages are no better than one), and several programs on a
+  processor.
 - Gains are read once a program, and stay where they are near (evict_last); rows go by
   (evict_first).
 - Gradients of gains and offsets: a sum over the rows of a program, in its registers, and one line

@@ -142,10 +142,38 @@ def candidates() -> dict[str, list[dict[str, int]]]:
         for programs in (2112, 4224, 8448, 16896)
     ]
     forward += [
-        {"block_d": 512, "rows": 8, "programs": 4224, "num_warps": 2, "num_stages": 1},
-        {"block_d": 1024, "rows": 8, "programs": 2112, "num_warps": 4, "num_stages": 1},
-        {"block_d": 256, "rows": 8, "programs": 4224, "num_warps": 1, "num_stages": 3},
-        {"block_d": 256, "rows": 4, "programs": 4224, "num_warps": 1, "num_stages": 4},
+        {
+            "block_d": 512,
+            "rows": 8,
+            "programs": 4224,
+            "num_warps": 2,
+            "num_stages": 1,
+            "maxnreg": 255,
+        },
+        {
+            "block_d": 1024,
+            "rows": 8,
+            "programs": 2112,
+            "num_warps": 4,
+            "num_stages": 1,
+            "maxnreg": 255,
+        },
+        {
+            "block_d": 256,
+            "rows": 8,
+            "programs": 4224,
+            "num_warps": 1,
+            "num_stages": 3,
+            "maxnreg": 255,
+        },
+        {
+            "block_d": 256,
+            "rows": 4,
+            "programs": 4224,
+            "num_warps": 1,
+            "num_stages": 4,
+            "maxnreg": 255,
+        },
     ]
     backward = [
         {"block_d": block, "rows": rows, "programs": programs, **shared, "maxnreg": registers}
@@ -153,10 +181,38 @@ def candidates() -> dict[str, list[dict[str, int]]]:
         for programs in (1452, 2376, 4752, 9504)
     ]
     backward += [
-        {"block_d": 512, "rows": 4, "programs": 2376, "num_warps": 4, "num_stages": 1},
-        {"block_d": 128, "rows": 4, "programs": 2772, "num_warps": 1, "num_stages": 3},
-        {"block_d": 128, "rows": 4, "programs": 4752, "num_warps": 1, "num_stages": 3},
-        {"block_d": 128, "rows": 8, "programs": 4752, "num_warps": 1, "num_stages": 2},
+        {
+            "block_d": 512,
+            "rows": 4,
+            "programs": 2376,
+            "num_warps": 4,
+            "num_stages": 1,
+            "maxnreg": 255,
+        },
+        {
+            "block_d": 128,
+            "rows": 4,
+            "programs": 2772,
+            "num_warps": 1,
+            "num_stages": 3,
+            "maxnreg": 255,
+        },
+        {
+            "block_d": 128,
+            "rows": 4,
+            "programs": 4752,
+            "num_warps": 1,
+            "num_stages": 3,
+            "maxnreg": 255,
+        },
+        {
+            "block_d": 128,
+            "rows": 8,
+            "programs": 4752,
+            "num_warps": 1,
+            "num_stages": 2,
+            "maxnreg": 255,
+        },
     ]
     sums = [
         {"block_n": rows, "block_d": block, "num_warps": 4}
@@ -168,9 +224,9 @@ def candidates() -> dict[str, list[dict[str, int]]]:
 def tunings(
     device: torch.device,
 ) -> Iterator[tuple[str, int, Callable[[dict[str, int] | None], object]]]:
-    """(kernel, size, a call with a configuration): a small and a large shape each. The backward
+    """(kernel, size, a call with a configuration): a small and two large shapes. The backward
     call includes the second reduction, whose length its configuration decides."""
-    for batch, tokens, width in ((1, 1024, 2048), (4, 4096, 4352)):
+    for batch, tokens, width in ((1, 1024, 2048), (4, 4096, 4352), (4, 4096, 8192)):
         x_BTD = torch.randn(batch, tokens, width, device=device).bfloat16()
         dy_BTD = torch.randn_like(x_BTD)
         weight_DW = torch.randn(width, WINDOW, device=device)

@@ -17,8 +17,15 @@ pytest.importorskip("triton")
 # B, T, D, W: one token, fewer than the window, several spans of 16 and blocks of 128 channels
 SHAPES = [(1, 1, 5, 4), (2, 3, 130, 8), (2, 37, 5, 4), (1, 18, 19, 2), (1, 5, 3, 1)]
 SHAPES += [] if INTERPRETED else [(2, 1000, 131, 4), (3, 65, 96, 3), (1, 64, 512, 8)]
-SMALL = {"block_d": 32, "rows": 2, "programs": 10**6, "num_warps": 1, "num_stages": 1}
-LARGE = {"block_d": 64, "rows": 5, "programs": 1, "num_warps": 1, "num_stages": 1}
+SMALL = {
+    "block_d": 32,
+    "rows": 2,
+    "programs": 10**6,
+    "num_warps": 1,
+    "num_stages": 1,
+    "maxnreg": 255,
+}
+LARGE = {"block_d": 64, "rows": 5, "programs": 1, "num_warps": 1, "num_stages": 1, "maxnreg": 255}
 
 
 def random(*shape, seed):
@@ -273,10 +280,10 @@ def test_registers_suffice(direction, entry, variant):
         types,
         {k: v for k, v in {**sizes, **VARIANTS[variant]}.items() if k in names},
         num_warps=entry["num_warps"],
-        maxnreg=entry.get("maxnreg"),
+        maxnreg=entry["maxnreg"],
     )
     assert facts.spilled <= (32 if variant == "state" else 0)
-    assert facts.registers <= entry.get("maxnreg", 255)
+    assert facts.registers <= entry["maxnreg"]
     elements = entry["block_d"] // (32 * entry["num_warps"])
     assert f"ld.global.v{elements // 2}.b32" in facts.ptx
     assert f"st.global.v{elements // 2}.b32" in facts.ptx

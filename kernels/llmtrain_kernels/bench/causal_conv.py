@@ -133,44 +133,45 @@ def torchs() -> Call:
     return torch.compile(call)
 
 
+KEYS = ("block_d", "rows", "num_warps", "num_stages", "maxnreg", "programs")
+
+
 def candidates() -> dict[str, list[dict[str, int]]]:
-    """What kernels/bench/tune.py measures."""
-    shared = {"num_warps": 1, "num_stages": 1}
+    """What kernels/bench/tune.py measures. Most are of one warp, whose loads are in registers on
+    their way; with stages they go through shared memory."""
     forward = [
-        {"block_d": block, "rows": rows, "programs": programs, **shared, "maxnreg": registers}
-        for block, rows, registers in ((256, 4, 128), (256, 8, 128), (256, 8, 168), (128, 8, 80))
+        (*shape, programs)
+        for shape in ((256, 4, 1, 1, 128), (256, 8, 1, 1, 128), (256, 8, 1, 1, 168))
         for programs in (2112, 4224, 8448, 16896)
     ]
-    forward += [
-        {"block_d": 512, "rows": 8, "programs": 4224, "num_warps": 2, "num_stages": 1},
-        {"block_d": 1024, "rows": 8, "programs": 2112, "num_warps": 4, "num_stages": 1},
-        {"block_d": 256, "rows": 8, "programs": 4224, "num_warps": 1, "num_stages": 3},
-        {"block_d": 256, "rows": 4, "programs": 4224, "num_warps": 1, "num_stages": 4},
-    ]
+    forward += [(128, 8, 1, 1, 80, programs) for programs in (4224, 8448, 16896)]
+    forward += [(512, 8, 2, 1, 255, 4224), (1024, 8, 4, 1, 255, 2112)]
+    forward += [(256, 8, 1, 3, 255, 4224), (256, 4, 1, 4, 255, 4224)]
     backward = [
-        {"block_d": block, "rows": rows, "programs": programs, **shared, "maxnreg": registers}
-        for block, rows, registers in ((128, 4, 112), (128, 8, 128), (256, 4, 184), (256, 2, 168))
+        (*shape, programs)
+        for shape in ((128, 4, 1, 1, 112), (128, 4, 1, 3, 96), (256, 4, 1, 1, 184))
         for programs in (1452, 2376, 4752, 9504)
     ]
-    backward += [
-        {"block_d": 512, "rows": 4, "programs": 2376, "num_warps": 4, "num_stages": 1},
-        {"block_d": 128, "rows": 4, "programs": 2772, "num_warps": 1, "num_stages": 3},
-        {"block_d": 128, "rows": 4, "programs": 4752, "num_warps": 1, "num_stages": 3},
-        {"block_d": 128, "rows": 8, "programs": 4752, "num_warps": 1, "num_stages": 2},
-    ]
+    backward += [(128, 8, 1, 1, 128, programs) for programs in (2112, 4224)]
+    backward += [(256, 2, 1, 1, 168, programs) for programs in (1584, 3168)]
+    backward += [(512, 4, 4, 1, 255, 2376), (128, 8, 1, 2, 255, 4752)]
     sums = [
         {"block_n": rows, "block_d": block, "num_warps": 4}
         for rows, block in itertools.product((16, 32, 64), (32, 64, 128))
     ]
-    return {"causal_conv_fwd": forward, "causal_conv_bwd": backward, "causal_conv_bwd_sum": sums}
+    return {
+        "causal_conv_fwd": [dict(zip(KEYS, values)) for values in forward],
+        "causal_conv_bwd": [dict(zip(KEYS, values)) for values in backward],
+        "causal_conv_bwd_sum": sums,
+    }
 
 
 def tunings(
     device: torch.device,
 ) -> Iterator[tuple[str, int, Callable[[dict[str, int] | None], object]]]:
-    """(kernel, size, a call with a configuration): a small and a large shape each. The backward
+    """(kernel, size, a call with a configuration): a small and two large shapes. The backward
     call includes the second reduction, whose length its configuration decides."""
-    for batch, tokens, width in ((1, 1024, 2048), (4, 4096, 4352)):
+    for batch, tokens, width in ((1, 1024, 2048), (4, 4096, 4352), (4, 4096, 8192)):
         x_BTD = torch.randn(batch, tokens, width, device=device).bfloat16()
         dy_BTD = torch.randn_like(x_BTD)
         weight_DW = torch.randn(width, WINDOW, device=device)

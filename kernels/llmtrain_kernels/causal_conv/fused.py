@@ -12,6 +12,7 @@ from torch import Tensor
 from llmtrain_kernels.launch import launch
 
 WINDOWS = range(1, 9)
+MOST_REGISTERS = 255  # of a thread; the hardware's limit
 ALIGNMENTS = (8, 4, 2, 1)  # elements; 8 of bfloat16 are the most that a thread moves at once
 
 
@@ -86,15 +87,15 @@ def launch_forward(
     return y_BTD, last_BWD
 
 
-def meta(config: dict[str, int], window: int) -> dict[str, int | None]:
+def meta(config: dict[str, int], window: int) -> dict[str, int]:
     """What the two large kernels take of a configuration: without `programs`, for spans().
-    maxnreg: of a thread, measured for windows of up to 4; wider ones have more to hold."""
+    maxnreg: registers of a thread, for windows of up to 4; wider ones have more to hold."""
     return {
         "BLOCK_D": config["block_d"],
         "ROWS": config["rows"],
         "STAGES": config["num_stages"],
         "num_warps": config["num_warps"],
-        "maxnreg": config.get("maxnreg") if window <= 4 else None,
+        "maxnreg": config["maxnreg"] if window <= 4 else MOST_REGISTERS,
     }
 
 

@@ -44,12 +44,13 @@ log = logging.getLogger(__name__)
 
 
 def list_checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
-    """(step, folder) of the finished checkpoints of a run, oldest first, good or not."""
+    """(step, folder) of the finished checkpoints of a run, oldest first, good or not: what bears
+    the name of one and is a file is a bad one."""
     folder = Path(run_dir) / "checkpoints"
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         match = STEP_NAME.fullmatch(path.name)
-        if match and path.is_dir():
+        if match:
             found.append((int(match.group(1)), path))
     return sorted(found)
 

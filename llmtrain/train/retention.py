@@ -83,7 +83,7 @@ class Retention:
         doomed = path.with_name(f".tmp-old-{path.name}")
         try:
             path.rename(doomed)
-            shutil.rmtree(doomed)
+            shutil.rmtree(doomed) if doomed.is_dir() else doomed.unlink()
         except OSError as error:
             log.warning("an old checkpoint could not be deleted: %s", error)
 
@@ -94,7 +94,7 @@ def list_superseded(run_dir: Path) -> list[tuple[int, Path]]:
     found = []
     for path in folder.glob("step-*.superseded-*") if folder.is_dir() else ():
         match = SUPERSEDED.fullmatch(path.name)
-        if match and path.is_dir():
+        if match:
             found.append((int(match.group(1)), path))
     return sorted(found)
 

@@ -136,7 +136,7 @@ def cases(newest: int, seed: int) -> list[Case]:
                     *(at / step_name(s) / n for s in (step, before))
                 ),
                 used=before - SAVE_EVERY,  # both are damaged
-                named=".safetensors" if name == MANIFEST else name,
+                named=step_name(newest) if name == MANIFEST else name,
             )
         )
     return found + whole_folders(newest) + pointers(newest, seed)

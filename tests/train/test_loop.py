@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -207,6 +208,18 @@ def test_finished_run_started_again_adds_nothing(configure, tmp_path):
     kinds = [(line["step"], line["kind"]) for line in lines(tmp_path / "run", "metrics")]
     assert kinds.count((STEPS, "val")) == 1
     assert len(kinds) == len(set(kinds))
+
+
+def test_file_in_the_place_of_a_checkpoint_is_named_and_set_aside(configure, tmp_path, caplog):
+    config = configure("run", "train.keep=1", "train.total_tokens=1280")  # 5 steps
+    train(config)
+    place = tmp_path / "run" / "checkpoints" / "step-00000010"
+    place.write_text("not a folder")
+    summary = train(configure("run", "train.keep=1"))
+    assert (summary["finished"], steps_of(tmp_path / "run")) == (True, [STEPS])
+    assert re.search(r"step-00000010.*Not a directory", caplog.text)
+    assert "step-00000010 is not continued, and now named" in caplog.text
+    assert not list(place.parent.glob("*superseded*"))
 
 
 def test_start_deletes_what_a_kill_kept_the_last_one_from_deleting(configure, tmp_path):

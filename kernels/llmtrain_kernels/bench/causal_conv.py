@@ -149,7 +149,7 @@ def candidates() -> dict[str, list[dict[str, int]]]:
     forward += [(256, 8, 1, 3, 255, 4224), (256, 4, 1, 4, 255, 4224)]
     backward = [
         (*shape, programs)
-        for shape in ((128, 4, 1, 1, 112), (128, 4, 1, 3, 96), (256, 4, 1, 1, 184))
+        for shape in ((128, 4, 1, 1, 112), (128, 4, 1, 3, 104), (256, 4, 1, 1, 184))
         for programs in (1452, 2376, 4752, 9504)
     ]
     backward += [(128, 8, 1, 1, 128, programs) for programs in (2112, 4224)]

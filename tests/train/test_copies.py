@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import torch._dynamo.testing
 from torch import nn
 
 from llmtrain.context import SequenceContext

@@ -63,8 +63,8 @@ CASES = {
     "number for a text": ("train", ["name=7"], ["name: got 7 (int)", "write 'name=\"7\"'"]),
     "no choice": (
         "train",
-        ["train.precision=fp8"],
-        ["train.precision: got 'fp8'", "one of fp32, bf16"],
+        ["train.precision=fp16"],
+        ["train.precision: got 'fp16'", "one of fp32, bf16"],
     ),
     "not positive": ("train", ["train.keep=0"], ["train.keep: got 0, expected more than 0"]),
     "layers not positive": ("train", ["model.n_layers=0"], ["model.n_layers: got 0", "more than"]),

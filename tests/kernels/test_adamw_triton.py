@@ -47,6 +47,7 @@ def close(got, expected, tolerance=4e-7):
                 assert worst <= tolerance * b.abs().max().item(), (kind, worst)
 
 
+@pytest.mark.slow
 @hosts
 def test_in_the_interpreter():
     run_in_interpreter(__file__, at_least=20)

@@ -40,6 +40,7 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 @hosts
 def test_in_the_interpreter():
     run_in_interpreter(__file__, at_least=24)

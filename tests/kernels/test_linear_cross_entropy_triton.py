@@ -73,6 +73,7 @@ def poisoned(monkeypatch):
         monkeypatch.setattr(torch, name, lambda *a, p=plain, **k: poison(p(*a, **k)))
 
 
+@pytest.mark.slow
 @hosts
 def test_in_the_interpreter():
     run_in_interpreter(__file__, at_least=25)

@@ -29,6 +29,7 @@ def scalar(value):
     return torch.tensor(value, device=DEVICE)
 
 
+@pytest.mark.slow
 @hosts
 def test_in_the_interpreter():
     run_in_interpreter(__file__, at_least=20)

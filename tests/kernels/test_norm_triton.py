@@ -92,6 +92,7 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(fused.torch, "empty", poison)
 
 
+@pytest.mark.slow
 @hosts
 def test_in_the_interpreter():
     run_in_interpreter(__file__, at_least=80)

@@ -62,6 +62,7 @@ def errors(got, expected):
     return [((a.double() - b).norm() / (b.norm() or 1.0)).item() for a, b in pairs]
 
 
+@pytest.mark.slow
 @hosts
 def test_in_the_interpreter():
     run_in_interpreter(__file__, at_least=20)

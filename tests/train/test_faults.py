@@ -90,6 +90,7 @@ def test_faults_of_a_rank_act_once(tmp_path):
     check(["flip_weight@7:rank1"], run_dir=tmp_path, **{**RUN, "ranks": 1})
 
 
+@pytest.mark.slow
 def test_faults_of_ranks(workers, corpus, small, tmp_path):
     """One bit of one copy, a slow rank, and a rank that is killed; see the worker."""
     said = workers("faults_worker.py", 2, tmp_path, *corpus, *small, ok=False)

@@ -288,6 +288,7 @@ def test_signals_end_with_their_exit_code_and_the_same_command_continues(make, m
     assert cli.main(["train", *config["overrides"]]) == exits.FINISHED == 0
 
 
+@pytest.mark.slow
 def test_two_ranks_at_other_stages(workers, bad, make, corpus, small):
     """The same decisions as one rank's, and no trace either."""
     out = make.folder / "two"

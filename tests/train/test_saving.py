@@ -408,6 +408,7 @@ def test_killed_in_the_middle_of_a_save(workers, corpus, small, configure, tmp_p
     assert ledgers[0] == ledgers[1]
 
 
+@pytest.mark.slow
 def test_two_ranks_one_killed_in_the_middle_of_a_save(workers, corpus, small, tmp_path):
     """... and continued; and ranks that train while one of them still writes."""
     options = (*corpus, *small, "train.keep=9", "train.total_tokens=3840", "deepspeed=zero2")

@@ -150,9 +150,10 @@ class Folder:
         return {step for name in self.names() if (step := step_of(name)) is not None}
 
     def latest(self) -> str | None:
+        """None when it is missing, or damaged on purpose beyond reading."""
         try:
             return (self.checkpoints / "latest").read_text(encoding="utf-8").strip()
-        except FileNotFoundError:
+        except (OSError, UnicodeDecodeError):
             return None
 
     def logged_step(self) -> int:

@@ -16,6 +16,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -42,7 +43,10 @@ from llmtrain.manifest import (
 )
 from llmtrain.train.image import ALIGNMENT, Image, Streamed
 from llmtrain.train.partitions import Fragment
+from llmtrain.train.resume import free_name
 from llmtrain.train.retention import Retention
+
+log = logging.getLogger(__name__)
 
 # Threads that hash; one makes 0.5 to 2 GB/s.
 HASHERS = 4
@@ -164,6 +168,11 @@ class CheckpointWriter:
         """What an interrupted save left."""
         for leftover in self.folder.glob(".tmp-*"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        pointer = self.folder / "latest"
+        if pointer.is_dir() and not pointer.is_symlink():  # no save could replace it
+            aside = free_name(pointer)
+            pointer.rename(aside)
+            log.warning("%s is a folder, expected a file, and now named %s", pointer, aside.name)
 
     def save(
         self, step: int, fragments: list[Fragment], generators: dict[str, Tensor], trainer: dict

@@ -222,6 +222,18 @@ def test_file_in_the_place_of_a_checkpoint_is_named_and_set_aside(configure, tmp
     assert not list(place.parent.glob("*superseded*"))
 
 
+def test_folder_in_the_place_of_latest_is_set_aside(configure, tmp_path, caplog):
+    train(configure("run", "train.total_tokens=1280"))  # 5 steps
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    latest.unlink()
+    latest.mkdir()
+    (latest / "note").write_text("mine")
+    assert train(configure("run"))["finished"]
+    assert latest.read_text().strip() == f"step-{STEPS:08d}"
+    assert (latest.with_name("latest-1") / "note").read_text() == "mine"
+    assert "latest is a folder, expected a file, and now named latest-1" in caplog.text
+
+
 def test_start_deletes_what_a_kill_kept_the_last_one_from_deleting(configure, tmp_path):
     config = configure("run", "train.keep=1")
     train(config)

@@ -68,6 +68,7 @@ def initialise(model: nn.Module, seed: int) -> None:
                 )
             own = keyed_seed(seed, name)
             alone = all(owners[p] == 1 for p in module.parameters(recurse=False))
+            alone &= device.type != "meta"  # which has no generators, and nothing to draw
             if alone and "generator" in inspect.signature(module.reset_parameters).parameters:
                 generator = torch.Generator(device).manual_seed(own)
                 filling.append(pool.submit(module.reset_parameters, generator))

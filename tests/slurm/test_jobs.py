@@ -43,7 +43,7 @@ def test_what_cannot_run_is_refused_at_submission(slurm, prepared, tiny, tmp_pat
 # What makes the quickstart's training one of seconds.
 SMALLER = {
     "prep": ["data.sources.stdlib.patterns=[json/*.py]", "data.sources.stdlib.topics=false"],
-    "launch": ["train.total_tokens=81920"],  # 40 steps
+    "launch": ["train.total_tokens=327680"],  # 160 steps: more than three commands take
 }
 
 
@@ -80,8 +80,8 @@ def test_quickstart_of_the_document(slurm, tmp_path):
     assert f"job {first}, start 0" in followed
     assert f"job {second}, start 0" in followed
     assert [start["resumed_step"] for start in slurm.starts(run_dir)] == [0, step]
-    assert slurm.steps(run_dir) == list(range(1, 41))
-    assert re.search(r"first +finished +40/40 ", typed(status))
+    assert slurm.steps(run_dir) == list(range(1, 161))
+    assert re.search(r"first +finished +160/160 ", typed(status))
 
 
 def test_bad_node_is_named_and_left_out(slurm, prepared, tiny, short, tmp_path):

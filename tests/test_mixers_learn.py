@@ -162,6 +162,7 @@ def run_script(*arguments, ok=True):
     return ran.stdout
 
 
+@pytest.mark.slow
 def test_script(tmp_path):
     """Both synthetic parts and the report; a second start has nothing left to do."""
     run_script("recall", "state", "report", "--out", tmp_path, "--arms", "attention", *SMALL)

@@ -178,6 +178,7 @@ def test_invariants_after_a_kill(soak, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_killed_and_damaged_runs_end_as_undisturbed(soak, tmp_path):
     """One cell of two ranks, one damaged checkpoint."""
     typed = ["kill", "damage", "report", "--out", tmp_path, "--work", tmp_path / "work"]

@@ -391,6 +391,7 @@ def moved(ctx):
     return ctx.to("cuda").with_rotary(tables or None)
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph(subject):
     """Forward and gradients, documents of any number and length, without compiling for each."""
     torch._dynamo.reset()

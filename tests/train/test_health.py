@@ -218,6 +218,7 @@ def lines(run_dir: Path, name: str, **fields: object) -> list[dict]:
     return [line for line in found if all(line.get(k) == v for k, v in fields.items())]
 
 
+@pytest.mark.slow
 def test_three_ranks(workers, corpus, small, tmp_path):
     """One launch: a healthy training, a flipped bit, a slow rank and one that waits for data."""
     smaller = ("train.global_batch_tokens=192", "train.micro_batch=2", "train.total_tokens=2304")

@@ -447,6 +447,7 @@ def test_compiled_follows_eager(configure, tmp_path, what):
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_ranks(workers, corpus, small, configure, tmp_path):
     """Signal to one rank, resume, a full disk on one rank, and the losses of one rank."""
     common = ("train.total_tokens=10240", "train.keep=9")

@@ -137,8 +137,12 @@ class OrthogonalMomentum(OnePassAdamW):
             torch.zeros_like(mean) if parameter.grad is None else parameter.grad.contiguous()
             for parameter, mean in zip(parameters, momenta)
         ]
-        applied = 1 if self.found_inf is None else torch.where(self.found_inf > 0, 0.0, 1.0)
-        torch._foreach_add_([state["step"] for state in states], applied)
+        steps = [state["step"] for state in states]
+        if self.found_inf is None:
+            torch._foreach_add_(steps, 1)
+        else:  # torch._foreach_add_ would read the tensor as a number and wait for the device
+            applied = torch.where(self.found_inf > 0, 0.0, 1.0).reshape(())
+            torch.ops.aten._foreach_add_.Tensor(steps, applied)
         return momentum_step(
             gradients,
             momenta,

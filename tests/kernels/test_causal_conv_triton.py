@@ -359,6 +359,7 @@ def test_compiled_and_captured_on_a_gpu():
     expected = step()
     compiled = torch.compile(causal_conv, fullgraph=True)(x, weight, bias, doc_ids_BT=ids)[0]
     torch.testing.assert_close(compiled, causal_conv(x, weight, bias, doc_ids_BT=ids)[0])
+    del compiled  # its graph would hold the stream
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()

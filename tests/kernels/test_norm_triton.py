@@ -87,7 +87,7 @@ def poisoned(monkeypatch):
 
     def poison(*arguments, **options):
         made = empty(*arguments, **options)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
+        return made.detach().fill_(float("nan")) if made.is_floating_point() else made
 
     monkeypatch.setattr(fused.torch, "empty", poison)
 

@@ -198,6 +198,7 @@ def test_compiles_as_one_graph():
 @pytest.mark.parametrize("shape", SHAPES[-4:])
 def test_on_a_gpu(shape, dtype, interleaved):
     """Errors of torch's own formula at most, the same bits twice, compiled, and in a graph."""
+    torch._dynamo.reset()  # every case is its own code
     *sizes, part = shape
     q, k, cos, sin = inputs(*sizes)
     rounded, options = [q.to(dtype), k.to(dtype)], {"interleaved": interleaved, "part": part}

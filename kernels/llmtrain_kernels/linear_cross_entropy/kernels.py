@@ -83,16 +83,16 @@ def linear_cross_entropy_fwd_kernel(
                 b_x = softcap * tanh(b_x / softcap)
             b_x = tl.where(b_o < vocab, b_x, -float("inf"))
             b_new = tl.maximum(b_max, tl.max(b_x, 0))
-            # products with LOG2E are fused with the difference: exact where it is small
-            b_ref = b_new * LOG2E
-            b_sum *= tl.exp2(b_max * LOG2E - b_ref)
-            b_sum += tl.sum(tl.exp2(b_x * LOG2E - b_ref[None, :]), 0)
+            # the difference first: b_x * LOG2E - b_new * LOG2E would be fused, and then one product
+            # is rounded and the other is not, which at 1e30 is off by 1e22
+            b_sum *= tl.exp2((b_max - b_new) * LOG2E)
+            b_sum += tl.sum(tl.exp2((b_x - b_new[None, :]) * LOG2E), 0)
             b_max = b_new
-        ref = tl.max(b_max, 0) * LOG2E
-        lse_2 = ref + tl.log2(tl.sum(b_sum * tl.exp2(b_max * LOG2E - ref), 0))
-        lse = lse_2 * LN2
+        most = tl.max(b_max, 0)
+        sum_2 = tl.log2(tl.sum(b_sum * tl.exp2((b_max - most) * LOG2E), 0))
+        lse = most + sum_2 * LN2
 
-        ce = tl.where(known, (lse_2 - picked * LOG2E) * LN2, float("nan"))
+        ce = tl.where(known, (most - picked) + sum_2 * LN2, float("nan"))
         tl.store(p_sums + i_row, weight * ce)
         tl.store(p_sums + sums_stride + i_row, weight * lse * lse)
         if GRADIENT:
@@ -105,7 +105,7 @@ def linear_cross_entropy_fwd_kernel(
                 if CAPPED:
                     b_t = tanh(b_x / softcap)
                     b_x = softcap * b_t
-                b_d = scale_p * tl.exp2(b_x * LOG2E - lse_2)
+                b_d = scale_p * tl.exp2((b_x - most) * LOG2E - sum_2)
                 b_d -= tl.where(b_o == label, scale, 0.0)
                 if CAPPED:
                     b_d *= 1.0 - b_t * b_t

@@ -52,7 +52,7 @@ def apply_updates(
     keep = torch.full_like(parameters[0].new_empty(()), 1.0 - decay)
     if found_inf is not None:
         keep = torch.where(found_inf > 0, torch.ones_like(keep), keep)
-    torch._foreach_mul_(list(parameters), keep)
+    torch.ops.aten._foreach_mul_.Tensor(list(parameters), keep)
     for parameter, update in zip(parameters, updates, strict=True):
         parameter.add_(update.view_as(parameter), alpha=-rate)
 

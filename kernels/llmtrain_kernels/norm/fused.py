@@ -71,7 +71,7 @@ def launch_forward(
             GATE_FIRST=gate_first,
             SIGMOID=sigmoid,
             SAVE=save,
-            **tile(group_width, config),
+            **tile(group_width, config, x, residual, gate),
         )
     return y, h, mean, rstd
 
@@ -105,7 +105,7 @@ def launch_backward(
     programs, _ = size = grid(x.device, rows, groups, config)
     sums = 1 if bias is None else 2
     partial = torch.empty(programs, sums, width, dtype=torch.float32, device=x.device)
-    tiled = tile(group_width, config)
+    tiled = tile(group_width, config, dy, dh, x, gate)
     with torch.cuda.device_of(x):
         norm_bwd_kernel[size](
             dy,
@@ -184,14 +184,28 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def tile(group_width: int, config: Mapping[str, int]) -> dict[str, int]:
-    """What of a launch the kernels are compiled for."""
+def tile(group_width: int, config: Mapping[str, int], *read: Tensor | None) -> dict[str, int]:
+    """What of a launch the kernels are compiled for. read: tensors whose tiles wait in shared
+    memory, a set a stage; where the pinned stages do not fit (wide rows of float32), fewer."""
+    block = 1 << (group_width - 1).bit_length()
+    given, stages = [z for z in read if z is not None], config["num_stages"]
+    if given:
+        stage = config["rows"] * block * sum(z.element_size() for z in given)
+        stages = max(1, min(stages, shared_bytes(given[0].device) // stage))
     return {
         "ROWS": config["rows"],
-        "BLOCK": 1 << (group_width - 1).bit_length(),
-        "STAGES": config["num_stages"],
+        "BLOCK": block,
+        "STAGES": stages,
         "num_warps": config["num_warps"],
     }
+
+
+@functools.cache
+def shared_bytes(device: torch.device) -> int:
+    """What a program may have of its processor's shared memory, less a KiB for sums."""
+    if device.type != "cuda":
+        return 2**30
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin - 1024
 
 
 def backward_options(tiled: dict[str, int]) -> dict[str, bool]:

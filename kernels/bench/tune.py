@@ -5,8 +5,9 @@
 
 For each kernel and shape of the benchmarks' modules (tunings()) every candidate is run once, a
 candidate that does not compile or fit is left out, and the fastest is pinned; of those within 1 %
-the first in the list, so that two runs give one table. Results must be the same whatever is
-pinned: the kernels' tests say so, not this program. Kernels that were not tuned keep their entries.
+the first in the list, so that two runs give one table. Before that, --processes compile all of them,
+which leaves them in Triton's cache. Results must be the same whatever is pinned: the kernels' tests
+say so, not this program. Kernels that were not tuned keep their entries.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -40,6 +44,30 @@ def measure(
             yield config, device_ms(lambda config=config: run(config), device)
         except Exception as error:  # compilers and drivers raise many kinds
             yield config, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+
+
+def compile_one(module_name: str, index: int, device: torch.device) -> None:
+    """Every candidate of one of a module's tunings is run once; those that fail, fail later too."""
+    module = importlib.import_module(f"llmtrain_kernels.bench.{module_name}")
+    kernel, _, run = list(module.tunings(device))[index]
+    for config in module.candidates()[kernel]:
+        try:
+            run(config)
+        except Exception:  # measure() says why
+            continue
+    torch.cuda.synchronize()
+    del run
+    torch.cuda.empty_cache()
+
+
+def compile_all(names: list[str], device: torch.device, processes: int) -> None:
+    modules = [(name, importlib.import_module(f"llmtrain_kernels.bench.{name}")) for name in names]
+    tasks = [(name, i) for name, m in modules for i, _ in enumerate(m.tunings(device))]
+    torch.cuda.empty_cache()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        for future in [pool.submit(compile_one, *task, device) for task in tasks]:
+            future.result()
 
 
 def fastest(found: list[tuple[Config, float | str]]) -> Config | None:
@@ -67,12 +95,18 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="TOML file; default: the device's own")
     parser.add_argument("--report", type=Path, help="JSON file for every time")
     parser.add_argument("--budget", type=float, default=300.0, help="start no shape after, seconds")
+    parser.add_argument(
+        "--processes", type=int, default=min(os.cpu_count() or 1, 16), help="that compile; 0: none"
+    )
     options = parser.parse_args()
     device = torch.device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     short = next((word for word in name.lower().split() if word[-1:].isdigit()), launch.DEFAULT)
     began, report, left_out = time.monotonic(), [], []
     chosen: dict[str, dict[int, Config]] = {}
+    if device.type == "cuda" and options.processes:
+        compile_all(options.only, device, options.processes)
+        print(f"{time.monotonic() - began:6.1f} s compiled", flush=True)
     for module_name in options.only:
         module = importlib.import_module(f"llmtrain_kernels.bench.{module_name}")
         candidates = module.candidates()

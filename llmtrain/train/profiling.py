@@ -45,7 +45,9 @@ class Profile:
         if self.made != self.first:
             return
         if self.on_gpu:
-            torch.cuda.memory._record_memory_history(max_entries=MOST_ALLOCATIONS)
+            # Python's stacks alone: to find the names of C++ ones takes minutes
+            options = {"max_entries": MOST_ALLOCATIONS, "stacks": "python"}
+            torch.cuda.memory._record_memory_history(**options)
             torch.cuda.synchronize(self.device)
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.on_gpu
         self.trace = torch.profiler.profile(activities=activities, acc_events=True)

@@ -239,7 +239,8 @@ WIDE = ("q_row", "q_token", "q_head", "k_row", "k_token", "k_head", "angle_row")
     ],
 )
 def test_registers_suffice(device, heads, groups, widths, half, start, interleaved):
-    """Full vectors, nothing through shared memory, and registers for many programs at a time."""
+    """Full vectors (but for the narrowest, measured faster in shorter ones), nothing through shared
+    memory, and registers for many programs at a time."""
     from llmtrain_kernels.rope.kernels import rope_kernel
 
     types = dict.fromkeys(("p_q", "p_k", "p_q_out", "p_k_out"), "*bf16")
@@ -260,4 +261,4 @@ def test_registers_suffice(device, heads, groups, widths, half, start, interleav
     assert facts.spilled == facts.shared == 0
     moved = [line for line in facts.ptx.splitlines() if "ld.global" in line or "st.global" in line]
     assert moved
-    assert all(".v4.b32" in line for line in moved)
+    assert half < 32 or all(".v4.b32" in line for line in moved)

@@ -12,6 +12,9 @@ is what the paper on recurrent depth means by it.) After post and sandwich the r
 length sqrt(D) everywhere, so that a layer turns it little at first; with a tied head a plain stack
 then says each token again, and stands still at the unigrams for hundreds of steps (docs/log.md).
 With channel=none the second half is missing, its norms too, as in Mamba (arXiv:2312.00752).
+
+The last addition of pre and peri can be left to the next block, whose first norm then makes it: a
+stack hands (x, y) on, and the residual stream is x + y.
 """
 
 from __future__ import annotations
@@ -70,12 +73,38 @@ class Block(nn.Module):
     ) -> tuple[Tensor, State | None, Aux]:
         """extra_BTD: added to what the mixer reads, and not to the residual stream."""
         read_BTD = x_BTD if extra_BTD is None else x_BTD + extra_BTD
-        y_BTD, state = self.mixer(self.enter(read_BTD, self.norm1), ctx, state)
+        x_BTD, y_BTD, *rest = self.inner(x_BTD, self.enter(read_BTD, self.norm1), ctx, state)
+        return added(x_BTD, y_BTD), *rest
+
+    def apart(
+        self,
+        x_BTD: Tensor,
+        y_BTD: Tensor | None,
+        ctx: SequenceContext,
+        state: State | None = None,
+    ) -> tuple[Tensor, Tensor | None, State | None, Aux]:
+        """forward() of x + y, or of x where y is None, with the result in two parts as well."""
+        if y_BTD is None or self.norm_position == "post":
+            x_BTD = added(x_BTD, y_BTD)
+            read_BTD = self.enter(x_BTD, self.norm1)
+        else:
+            read_BTD, x_BTD = add_and_norm(self.norm1, y_BTD, x_BTD)
+        return self.inner(x_BTD, read_BTD, ctx, state)
+
+    def inner(
+        self, x_BTD: Tensor, read_BTD: Tensor, ctx: SequenceContext, state: State | None
+    ) -> tuple[Tensor, Tensor | None, State | None, Aux]:
+        """The block after its first norm; read_BTD: what the mixer reads."""
+        y_BTD, state = self.mixer(read_BTD, ctx, state)
         if self.norm2 is None:
-            return self.leave(x_BTD, y_BTD, self.norm1, self.norm1_out), state, {}
+            return *self.ending(x_BTD, y_BTD, self.norm1, self.norm1_out), state, {}
         x_BTD, read_BTD = self.between(x_BTD, y_BTD)
         y_BTD, aux = self.channel(read_BTD, ctx)
-        return self.leave(x_BTD, y_BTD, self.norm2, self.norm2_out), state, aux
+        return *self.ending(x_BTD, y_BTD, self.norm2, self.norm2_out), state, aux
+
+    def compile(self, **options: object) -> None:
+        """Let torch.compile take what follows the first norm: the same code with and without y."""
+        self.inner = torch.compile(self.inner, **options)
 
     def step(
         self, x_BD: Tensor, ctx: SequenceContext, state: State, extra_BD: Tensor | None = None
@@ -105,11 +134,17 @@ class Block(nn.Module):
 
     def leave(self, x: Tensor, y: Tensor, norm: nn.Module, norm_out: nn.Module | None) -> Tensor:
         """The residual stream with an output y added."""
+        return added(*self.ending(x, y, norm, norm_out))
+
+    def ending(
+        self, x: Tensor, y: Tensor, norm: nn.Module, norm_out: nn.Module | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream with an output y, in two parts to be added if that comes last."""
         if self.norm_position == "pre":
-            return x + y
+            return x, y
         if self.norm_position == "peri":
-            return x + norm_out(y)
-        return add_and_norm(norm if self.norm_position == "post" else norm_out, y, x)[0]
+            return x, norm_out(y)
+        return add_and_norm(norm if self.norm_position == "post" else norm_out, y, x)[0], None
 
     def init_state(
         self, batch: int, *, max_tokens: int, device: torch.device | str, dtype: torch.dtype
@@ -122,3 +157,7 @@ class Block(nn.Module):
 
     def state_bytes(self, tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
         return self.mixer.state_bytes(tokens, dtype)
+
+
+def added(x: Tensor, y: Tensor | None) -> Tensor:
+    return x if y is None else x + y

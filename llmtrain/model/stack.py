@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from llmtrain.channels.base import Aux
 from llmtrain.context import SequenceContext
 from llmtrain.mixers.base import State
-from llmtrain.model.block import Block
+from llmtrain.model.block import Block, added
 
 
 class Stack(nn.Module):
@@ -103,9 +103,10 @@ class Stack(nn.Module):
 
     def run(self, x: Tensor, ctx: SequenceContext, walk: Walk) -> Tensor:
         """x_BTD, or x_BD in a step, through all layers; walk applies the blocks."""
+        y = None
         for i in self.order:
-            x = walk(i, x, ctx)
-        return x
+            x, y = walk.apart(i, x, y, ctx)
+        return added(x, y)
 
     def init_state(
         self, batch: int, *, max_tokens: int, device: torch.device | str, dtype: torch.dtype
@@ -143,8 +144,7 @@ class Walk:
 
     def __call__(self, i: int, x: Tensor, ctx: SequenceContext, *extra: Tensor | None) -> Tensor:
         """blocks[i] applied to x; extra: further arguments of the block."""
-        block = self.blocks[i]
-        state = None if self.given is None else self.given[len(self.states)]
+        block, state = self.blocks[i], self.next_state()
         if self.step:
             x, state = block.step(x, ctx, state, *extra)
             self.states.append(state)
@@ -161,6 +161,25 @@ class Walk:
             )
         else:
             x, state, aux = block(x, ctx, state, *extra)
+        self.gather(i, state, aux)
+        return x
+
+    def apart(
+        self, i: int, x: Tensor, y: Tensor | None, ctx: SequenceContext
+    ) -> tuple[Tensor, Tensor | None]:
+        """blocks[i], a Block, applied to x + y, the result in two parts as well. One tensor in a
+        step, and between blocks that are recomputed, of which that is what stays."""
+        if self.step or (self.recompute and torch.is_grad_enabled()):
+            return self(i, added(x, y), ctx), None
+        x, y, state, aux = self.blocks[i].apart(x, y, ctx, self.next_state())
+        self.gather(i, state, aux)
+        return x, y
+
+    def next_state(self) -> State | None:
+        return None if self.given is None else self.given[len(self.states)]
+
+    def gather(self, i: int, state: State | None, aux: Aux) -> None:
+        """Keep what an application of blocks[i] handed up."""
         self.states.append(state)
         for key, value in aux.items():
             kind, name = key.split("/", 1)
@@ -171,7 +190,6 @@ class Walk:
             place = f"{kind}/l{i:02d}/{name}"
             add(self.sums, place, value)
             self.counts[place] = self.counts.get(place, 0) + 1
-        return x
 
     def aux(self) -> Aux:
         means = {

@@ -38,7 +38,7 @@ from llmtrain.context import SequenceContext
 from llmtrain.mixers.base import Mixer, State
 from llmtrain.mixers.checks import check_backend
 from llmtrain.model.init import depth_std
-from llmtrain.model.linear import Linear
+from llmtrain.model.linear import Linear, linears
 from llmtrain.model.norm import RMSNorm
 from llmtrain.model.position import apply_rotary
 
@@ -160,12 +160,13 @@ class Attention(Mixer):
         self, x_BTD: Tensor, ctx: SequenceContext
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Queries, keys and values, the first two normalised and rotated; gates before sigmoid."""
-        q_BTHK = rearrange(self.q_proj(x_BTD), "b t (h k) -> b t h k", h=self.n_heads)
+        q, k, v = linears(x_BTD, self.q_proj, self.k_proj, self.v_proj)
+        q_BTHK = rearrange(q, "b t (h k) -> b t h k", h=self.n_heads)
         gate_BTHV = None
         if self.output_gate:
             q_BTHK, gate_BTHV = q_BTHK.chunk(2, dim=-1)
-        k_BTGK = rearrange(self.k_proj(x_BTD), "b t (g k) -> b t g k", g=self.n_kv_heads)
-        v_BTGV = rearrange(self.v_proj(x_BTD), "b t (g v) -> b t g v", g=self.n_kv_heads)
+        k_BTGK = rearrange(k, "b t (g k) -> b t g k", g=self.n_kv_heads)
+        v_BTGV = rearrange(v, "b t (g v) -> b t g v", g=self.n_kv_heads)
         if self.q_norm is not None:
             q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
         if ctx.rotary is not None:

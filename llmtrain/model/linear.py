@@ -6,6 +6,7 @@ tests, compile and ZeRO see the same code.
 
 A trainer whose weights stay the same over several micro-batches may hand a layer a copy in the
 compute dtype (train/copies.py), so that it is not cast anew for each of them: the same values.
+Layers that read one input then add up their gradients of it within the products (linears()).
 """
 
 from __future__ import annotations
@@ -76,3 +77,54 @@ class Linear(nn.Linear):
 
     def flops_per_token(self) -> float:
         return 2.0 * self.in_features * self.out_features
+
+
+def linears(x: Tensor, *layers: Linear) -> list[Tensor]:
+    """[layer(x) for layer in layers].
+
+    On a GPU, with copies of the weights at hand, the gradient of x is one memory to which each
+    layer's product is added as it is made, instead of a tensor a layer and their sum.
+    """
+    joined = x.is_cuda and all(
+        layer.bias is None  # its addition belongs to the product
+        and layer.weight_copy is not None
+        and layer.weight_copy.dtype == x.dtype
+        and not (layer.float8 is not None and layer.training)
+        for layer in layers
+    )
+    if not joined:
+        return [layer(x) for layer in layers]
+    return list(Joined.apply(x, *(layer.compute_weight(x) for layer in layers)))
+
+
+class Joined(torch.autograd.Function):
+    """(x_..D, weights_OD) -> x W^T of each, all in one dtype."""
+
+    @staticmethod
+    def forward(ctx, x, *weights):
+        ctx.save_for_backward(x, *weights)
+        return tuple(F.linear(x, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx, *dys):
+        x, *weights = ctx.saved_tensors
+        dys = [dy.flatten(0, -2) for dy in dys]
+        dx = sum_of_products(dys, weights).view_as(x) if ctx.needs_input_grad[0] else None
+        x_ND = x.flatten(0, -2)
+        needs = ctx.needs_input_grad[1:]
+        return dx, *(dy.mT @ x_ND if need else None for dy, need in zip(dys, needs))
+
+
+@torch.library.custom_op("llmtrain::sum_of_products", mutates_args=())
+def sum_of_products(rows: list[Tensor], weights: list[Tensor]) -> Tensor:
+    """sum_i rows_i[N, O_i] weights_i[O_i, D], each added as its product ends. An operator, since
+    torch.compile would make the sums apart from the products."""
+    total = rows[0] @ weights[0]
+    for row, weight in zip(rows[1:], weights[1:], strict=True):
+        total.addmm_(row, weight)
+    return total
+
+
+@sum_of_products.register_fake
+def _(rows, weights):
+    return rows[0].new_empty(rows[0].shape[0], weights[0].shape[1])

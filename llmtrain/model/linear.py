@@ -6,7 +6,8 @@ tests, compile and ZeRO see the same code.
 
 A trainer whose weights stay the same over several micro-batches may hand a layer a copy in the
 compute dtype (train/copies.py), so that it is not cast anew for each of them: the same values.
-Layers that read one input then add up their gradients of it within the products (linears()).
+On a GPU the weight's gradient then leaves its product in float32, unrounded, and layers that read
+one input add up their gradients of it within the products (linears()).
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ class Linear(nn.Linear):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if takes_copy(self, x):
+            return Joined.apply(x, 1, self.weight, self.weight_copy)[0]
         bias = None if self.bias is None else cast_parameter(self.bias, x)
         if self.float8 is not None and self.training:
             y = float8_linear(
@@ -79,46 +82,56 @@ class Linear(nn.Linear):
         return 2.0 * self.in_features * self.out_features
 
 
-def linears(x: Tensor, *layers: Linear) -> list[Tensor]:
-    """[layer(x) for layer in layers].
-
-    On a GPU, with copies of the weights at hand, the gradient of x is one memory to which each
-    layer's product is added as it is made, instead of a tensor a layer and their sum.
-    """
-    joined = x.is_cuda and all(
-        layer.bias is None  # its addition belongs to the product
+def takes_copy(layer: Linear, x: Tensor) -> bool:
+    """Whether the layer computes by Joined. Not with a bias, whose addition belongs to the product,
+    nor where the copy is kept for evaluation beside float8 training."""
+    return (
+        x.is_cuda
+        and layer.bias is None
         and layer.weight_copy is not None
         and layer.weight_copy.dtype == x.dtype
         and not (layer.float8 is not None and layer.training)
-        for layer in layers
     )
-    if not joined:
+
+
+def linears(x: Tensor, *layers: Linear) -> list[Tensor]:
+    """[layer(x) for layer in layers]; where they have copies, on a GPU, the gradient of x is one
+    memory that each layer's product is added to, instead of a tensor a layer and their sum."""
+    if not all(takes_copy(layer, x) for layer in layers):
         return [layer(x) for layer in layers]
-    return list(Joined.apply(x, *(layer.compute_weight(x) for layer in layers)))
+    weights = [layer.weight for layer in layers]
+    return list(Joined.apply(x, len(layers), *weights, *(layer.weight_copy for layer in layers)))
 
 
 class Joined(torch.autograd.Function):
-    """(x_..D, weights_OD) -> x W^T of each, all in one dtype."""
+    """(x_..D, their number, weights_OD, their copies in x's dtype) -> x W^T of each."""
 
     @staticmethod
-    def forward(ctx, x, *weights):
-        ctx.save_for_backward(x, *weights)
-        return tuple(F.linear(x, weight) for weight in weights)
+    def forward(ctx, x, number, *tensors):
+        weights, copies = tensors[:number], tensors[number:]
+        ctx.save_for_backward(x, *copies)
+        ctx.dtypes = [weight.dtype for weight in weights]
+        return tuple(F.linear(x, copy) for copy in copies)
 
     @staticmethod
     def backward(ctx, *dys):
-        x, *weights = ctx.saved_tensors
-        dys = [dy.flatten(0, -2) for dy in dys]
-        dx = sum_of_products(dys, weights).view_as(x) if ctx.needs_input_grad[0] else None
-        x_ND = x.flatten(0, -2)
-        needs = ctx.needs_input_grad[1:]
-        return dx, *(dy.mT @ x_ND if need else None for dy, need in zip(dys, needs))
+        x, *copies = ctx.saved_tensors
+        dys, x_ND = [dy.flatten(0, -2) for dy in dys], x.flatten(0, -2)
+        needs_x, _, *needs = ctx.needs_input_grad
+        dx = sum_of_products(dys, copies).view_as(x) if needs_x else None
+        gradients = [
+            product_in(dy.mT, x_ND, dtype) if need else None
+            for dy, dtype, need in zip(dys, ctx.dtypes, needs)
+        ]
+        return dx, None, *gradients, *(None for _ in copies)
+
+
+# Operators, since torch.compile would make the sums and the casts apart from the products.
 
 
 @torch.library.custom_op("llmtrain::sum_of_products", mutates_args=())
 def sum_of_products(rows: list[Tensor], weights: list[Tensor]) -> Tensor:
-    """sum_i rows_i[N, O_i] weights_i[O_i, D], each added as its product ends. An operator, since
-    torch.compile would make the sums apart from the products."""
+    """sum_i rows_i[N, O_i] weights_i[O_i, D], each added as its product ends."""
     total = rows[0] @ weights[0]
     for row, weight in zip(rows[1:], weights[1:], strict=True):
         total.addmm_(row, weight)
@@ -128,3 +141,16 @@ def sum_of_products(rows: list[Tensor], weights: list[Tensor]) -> Tensor:
 @sum_of_products.register_fake
 def _(rows, weights):
     return rows[0].new_empty(rows[0].shape[0], weights[0].shape[1])
+
+
+@torch.library.custom_op("llmtrain::product_in", mutates_args=())
+def product_in(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b, [M, K] [K, N], in another dtype; on a GPU float32 without a rounding between."""
+    if a.is_cuda and dtype == torch.float32 and a.dtype != dtype:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
+
+
+@product_in.register_fake
+def _(a, b, dtype):
+    return a.new_empty(a.shape[0], b.shape[1], dtype=dtype)

@@ -10,6 +10,7 @@ import torch._dynamo.testing
 from torch import nn
 
 from llmtrain.context import SequenceContext
+from llmtrain.model import linear
 from llmtrain.model.linear import Linear
 from llmtrain.objectives.causal import Causal
 from llmtrain.train.copies import WeightCopies, block_linears, use_float8
@@ -60,6 +61,31 @@ def test_same_bits_as_casting(build_model, checkpointing):
     copies.remove()
     for got, want in zip(step(model), fresh, strict=True):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_products_as_on_a_gpu_follow_casts(build_model, monkeypatch, checkpointing):
+    """What a GPU takes: joined input gradients, and weights' gradients straight into float32."""
+    torch._dynamo.reset()
+    model = build_model(*SMALL, dtype=torch.bfloat16)
+    model.stack.activation_checkpointing = checkpointing
+    expected = step(model)
+    WeightCopies(model, torch.bfloat16).refresh()
+    taken = []
+
+    def on_gpu(layer, x):
+        taken.append(layer)
+        return layer.weight_copy is not None and layer.weight_copy.dtype == x.dtype
+
+    monkeypatch.setattr(linear, "takes_copy", on_gpu)
+    eager = step(model)
+    assert set(block_linears(model).values()) <= set(taken)
+    for block in model.stack.blocks:
+        block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    compiled = step(model)
+    for mine, again, want in zip(eager, compiled, expected, strict=True):
+        assert (mine - want).norm() <= 0.02 * want.norm()
+        torch.testing.assert_close(again, mine, rtol=0, atol=0)
 
 
 def test_no_copies_in_float32(build_model):

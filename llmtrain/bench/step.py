@@ -6,8 +6,9 @@ Ours is `llmtrain train` as a user starts it: its rate is read from metrics.json
 when enough is known, before it would write a checkpoint.
 
 step.json: a list of {model, params, T, micro_batch, ours, peers, bare_loop,
-bare_loop_tokens_per_s}; contenders: {tokens_per_s, mfu, peak_gib, first_step_s} or {error}. MFU
-counts our model's FLOPs for all, since all train a model of that size.
+bare_loop_tokens_per_s}; contenders: {tokens_per_s, mfu, peak_gib, first_step_s} or {error}; ours
+tells first_step_parts, where the seconds to its first step went. MFU counts our model's FLOPs for
+all, since all train a model of that size.
 """
 
 from __future__ import annotations
@@ -143,6 +144,7 @@ class EntryRun:
                         "step_seconds": statistics.median(x["step_seconds"] for x in steady),
                         "peak_gib": steady[-1]["memory_gib"],
                         "first_step_s": first,
+                        "first_step_parts": process.told("after the start: "),
                         "data_wait_s": statistics.median(x["data_wait_seconds"] for x in steady),
                         "fp32_masters": True,
                         "params": self.facts["params"],
@@ -221,6 +223,14 @@ class Process:
 
     def said(self) -> list[dict]:
         return json_lines(self.out)
+
+    def told(self, phrase: str) -> str | None:
+        """What follows a phrase in the first line of the output that has it."""
+        for path in (self.out, self.err):
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                if phrase in line:
+                    return line.partition(phrase)[2]
+        return None
 
     def status(self) -> int | None:
         return self.process.poll()

@@ -33,8 +33,11 @@ from llmtrain.train.rollback import Course
 from llmtrain.train.runlog import LOGGERS, RunLog
 from llmtrain.train.schedule import announce_resume
 from llmtrain.train.setup import Setup
+from llmtrain.train.startup import Startup
 from llmtrain.train.stopping import StopRequest
 from llmtrain.train.watchdog import Watch, Watchdog, collective_timeout
+
+log = logging.getLogger(__name__)
 
 
 def train(config: dict) -> dict:
@@ -43,6 +46,8 @@ def train(config: dict) -> dict:
     Every rank calls it. ValueError for what can be known before the first step: sizes that do not
     divide, a missing corpus, an unwritable run folder, a checkpoint of other settings.
     """
+    startup = Startup()
+    startup.lap("imports and configuration")
     world = distributed.discover(os.environ)
     if world.rank:
         for name in LOGGERS:
@@ -57,13 +62,14 @@ def train(config: dict) -> dict:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(config["train"]["deterministic"])
     distributed.start(world, device, collective_timeout(config["health"]))
+    startup.lap("checks and data")
     limits = {key: config["health"][key] for key in ("hang_seconds", "first_step_seconds")}
     with (
         RunLock(setup.run_dir, world),
         StopRequest() as stop,
         Watchdog(Watch(), world, setup.run_dir, **limits) as watchdog,
     ):
-        run = Run(setup, stop, watchdog)
+        run = Run(setup, stop, watchdog, startup)
         try:
             return run.train()
         finally:
@@ -73,7 +79,7 @@ def train(config: dict) -> dict:
 class Run:
     """One start of a run: built fresh or from a checkpoint, then train()."""
 
-    def __init__(self, setup: Setup, stop: StopRequest, watchdog: Watchdog):
+    def __init__(self, setup: Setup, stop: StopRequest, watchdog: Watchdog, startup: Startup):
         self.setup, self.stop, self.watch = setup, stop, watchdog.watch
         self.world, self.device = setup.world, setup.device
         self.knobs = setup.config["train"]
@@ -87,6 +93,8 @@ class Run:
         self.guard = Guard(setup.guard)
         self.meter = assembly.meter(setup)
         self.engine = assembly.engine(setup, watchdog)
+        startup.lap("model and engine")
+        self.startup: Startup | None = startup
         self.generators = resume.generators(self.device)  # as they are before the first step
         self.step = 0
         if self.start is not None:
@@ -125,6 +133,7 @@ class Run:
             log_every=self.knobs["log_every"],
             last_step=setup.plan.steps,
         )
+        startup.lap("checkpoint and logs")
 
     def check_start(self, path: Path) -> None:
         """ValueError unless a checkpoint is of this training."""
@@ -211,6 +220,11 @@ class Run:
         self.compare()
         while self.step < self.setup.plan.steps and not self.stopping:
             self.profiled_step(batches)
+            if self.startup is not None:
+                self.results.read()
+                self.startup.lap("first step")
+                log.info(self.startup.line())
+                self.startup = None
             if self.step == self.first_step + 1:
                 gc.collect()
                 gc.freeze()  # what lives now lives to the end: later collections are short

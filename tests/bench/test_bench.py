@@ -40,6 +40,7 @@ def test_step_of_ours_and_the_bare_loop(tmp_path, read, capsys):
         assert found["params"] == row["params"]
         assert found["fp32_masters"]
         assert found["mfu"] is None
+    assert "model and engine" in row["ours"]["first_step_parts"]
     assert row["bare_loop_tokens_per_s"] == row["bare_loop"]["tokens_per_s"]
     if absent("hf_liger"):
         assert row["peers"]["hf_liger"]["error"] == "absent: liger_kernel is not installed"

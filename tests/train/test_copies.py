@@ -10,7 +10,7 @@ import torch._dynamo.testing
 from torch import nn
 
 from llmtrain.context import SequenceContext
-from llmtrain.model import linear
+from llmtrain.model import linear as linear_module
 from llmtrain.model.linear import Linear
 from llmtrain.objectives.causal import Causal
 from llmtrain.train.copies import WeightCopies, block_linears, use_float8
@@ -77,7 +77,7 @@ def test_products_as_on_a_gpu_follow_casts(build_model, monkeypatch, checkpointi
         taken.append(layer)
         return layer.weight_copy is not None and layer.weight_copy.dtype == x.dtype
 
-    monkeypatch.setattr(linear, "takes_copy", on_gpu)
+    monkeypatch.setattr(linear_module, "takes_copy", on_gpu)
     eager = step(model)
     assert set(block_linears(model).values()) <= set(taken)
     for block in model.stack.blocks:

@@ -114,10 +114,8 @@ def norm_fwd_kernel(
         b_x = read_once(p_x + row_offset(i_row, inner, x_outer, x_inner) + o_col[None, :], mask)
         if p_residual is not None:
             o_residual = row_offset(i_row, inner, residual_outer, residual_inner)
-            b_h = b_x + read_once(p_residual + o_residual + o_col[None, :], mask)
-            b_h = b_h.to(p_h.dtype.element_ty)
-            tl.store(p_h + o_out, b_h, mask=mask)
-            b_x = b_h.to(tl.float32)  # the norm is of what is stored
+            b_x = b_x + read_once(p_residual + o_residual + o_col[None, :], mask)
+            tl.store(p_h + o_out, b_x.to(p_h.dtype.element_ty), mask=mask)  # the norm is of b_x
         if p_gate is not None:
             o_gate = row_offset(i_row, inner, gate_outer, gate_inner)
             b_gate, _ = activation(read_once(p_gate + o_gate + o_col[None, :], mask), SIGMOID)

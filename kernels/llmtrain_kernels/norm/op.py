@@ -51,7 +51,8 @@ def add_rms_norm(
     zero_centered: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """(y, h): h = x + residual, rounded to their dtype, and y the norm of h. Else as rms_norm()."""
+    """(y, h): h = x + residual, rounded to their dtype, and y the norm of h, by the kernels of h
+    before it is rounded. Else as rms_norm()."""
     chosen = choose("add_rms_norm", backend, (x, residual), (weight,), None)
     if chosen != "triton":
         run = OTHERS[chosen].add_rms_norm
@@ -86,8 +87,8 @@ def add_layer_norm(
     eps: float,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """(y, h): h = x + residual, rounded to their dtype, and y the norm of h. Else as
-    layer_norm()."""
+    """(y, h): h = x + residual, rounded to their dtype, and y the norm of h, by the kernels of h
+    before it is rounded. Else as layer_norm()."""
     chosen = choose("add_layer_norm", backend, (x, residual), (weight, bias), None)
     if chosen != "triton":
         return OTHERS[chosen].add_layer_norm(x, residual, weight, bias, eps=eps)

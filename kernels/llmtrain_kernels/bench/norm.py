@@ -193,8 +193,12 @@ def tunings(
 ) -> list[tuple[str, int, Callable[[Mapping[str, int]], object]]]:
     """(kernel, size as launch() has it, what runs it with a candidate)."""
     found = []
-    widths = {"norm": (128, 512, 2048, 4096, 16384), "add_norm": (2048, 4096, 16384)}
-    for kind, sizes in {**widths, "gated_norm": (128, 4096, 16384)}.items():
+    widths = {
+        "norm": (128, 512, 1024, 2048, 4096, 8192, 16384),
+        "add_norm": (512, 1024, 2048, 4096, 8192, 16384),
+        "gated_norm": (64, 128, 256, 1024, 4096, 8192, 16384),
+    }
+    for kind, sizes in widths.items():
         for width in sizes:
             rows = min(2**26 // width, 2**18)
             run = runner(kind, rows, width, device)

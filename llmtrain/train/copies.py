@@ -86,10 +86,7 @@ class WeightCopies:
             copies = [linear.weight_copy for linear in self.plain]
             torch._foreach_copy_(copies, [linear.weight.data for linear in self.plain])
         for linear in self.quantised:
-            made = quantise_weight(linear.weight.data, linear.float8)
-            kept = [tensor for part in linear.quantised for tensor in part]
-            for old, new in zip(kept, (tensor for part in made for tensor in part), strict=True):
-                old.copy_(new)
+            quantise_weight(linear.weight.data, linear.float8, out=linear.quantised)
 
     def remove(self) -> None:
         for linear in self.linears:

@@ -1,74 +1,25 @@
-"""A linear layer whose three products run in float8, scaled anew at every call.
-
-    quantise   s = max_8 / amax(x),  x8 = round(s x)      amax over the tensor, or over what a
-               x = x8 / s                                 product sums (rowwise)
-    forward    y  = x  W^T     x, W in e4m3 (4 bits of exponent, 3 of mantissa, up to 448)
-    backward   dx = dy W       dy in e5m2 (5 bits, 2 bits, up to 57344): gradients spread wider
-               dW = dy^T x
-
-Micikevicius et al. 2022, arXiv:2209.05433. Products accumulate in float32; y and dx come in the
-dtype of x, dW in that of W. Tensor cores want both factors laid out along what they sum over, so
-every factor is quantised in two layouts; with one scale a tensor the second is a transposed copy of
-the first, with rowwise scales it is rounded by itself.
-
-Saved for the backward pass: x8 (1 byte an element; rowwise: x), and the weight's second layout.
-Widths and numbers of tokens are multiples of 16, as cuBLAS wants.
-"""
+"""The linear layer: three products of quantised factors."""
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llmtrain_kernels.cost import Cost
+from llmtrain_kernels.float8.quantise import (
+    E4M3,
+    E5M2,
+    SCALINGS,
+    Quantised,
+    QuantisedWeight,
+    both_layouts,
+    quantise,
+    quantise_weight,
+)
 
-E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-SCALINGS = ("tensorwise", "rowwise")
 BACKENDS = ("scaled_mm", "emulated")
 MULTIPLE = 16
 CAPABILITY = (8, 9)  # Ada and Hopper are the first with float8 products
-TINY = 1e-12  # amax of nothing but zeros
-
-
-class Quantised(NamedTuple):
-    """values: float8 [M, K], contiguous; inverse: float32 1 / s, [] or [M, 1]."""
-
-    values: Tensor
-    inverse: Tensor
-
-
-class QuantisedWeight(NamedTuple):
-    """A weight [F, D] for the forward product, and as [D, F] for the backward one."""
-
-    forward: Quantised
-    backward: Quantised
-
-
-def quantise(x_MK: Tensor, dtype: torch.dtype, scaling: str) -> Quantised:
-    """Scale so that the largest value of the tensor, or of each row, is the dtype's largest."""
-    largest = torch.finfo(dtype).max
-    wide_MK = x_MK if x_MK.dtype == torch.float64 else x_MK.to(torch.float32)
-    dim = (0, 1) if scaling == "tensorwise" else (1,)
-    amax = wide_MK.abs().amax(dim=dim, keepdim=scaling == "rowwise").clamp(min=TINY)
-    scaled_MK = (wide_MK * (largest / amax)).clamp(-largest, largest)
-    return Quantised(scaled_MK.to(dtype), (amax / largest).to(torch.float32))
-
-
-def quantise_weight(weight_FD: Tensor, scaling: str) -> QuantisedWeight:
-    """Both layouts."""
-    forward = quantise(weight_FD, E4M3, scaling)
-    if scaling == "rowwise":
-        return QuantisedWeight(forward, quantise(weight_FD.t().contiguous(), E4M3, scaling))
-    backward = transposed(forward)
-    # Each its own scale: torch.compile takes no tensor twice as an argument of a function.
-    return QuantisedWeight(forward, backward._replace(inverse=backward.inverse.clone()))
-
-
-def transposed(x: Quantised) -> Quantised:
-    """The other layout of a tensor with one scale."""
-    return Quantised(x.values.t().contiguous(), x.inverse)
 
 
 def product(
@@ -102,8 +53,10 @@ class Float8Linear(torch.autograd.Function):
             weight = QuantisedWeight(
                 Quantised(w8_FD, w8_inverse), Quantised(w8_DF, w8_back_inverse)
             )
-        x = quantise(x_ND, E4M3, scaling)
-        kept = x if scaling == "tensorwise" else Quantised(x_ND, x.inverse)
+        if scaling == "tensorwise":
+            x, kept = both_layouts(x_ND, E4M3, scaling, fused=backend == "scaled_mm")
+        else:
+            x, kept = quantise(x_ND, E4M3, scaling), Quantised(x_ND, None)
         ctx.save_for_backward(*kept, *weight.backward)
         ctx.scaling, ctx.backend = scaling, backend
         ctx.dtypes = x_ND.dtype, weight_FD.dtype
@@ -114,12 +67,10 @@ class Float8Linear(torch.autograd.Function):
         x_values, x_inverse, w_values, w_inverse = ctx.saved_tensors
         x_dtype, w_dtype = ctx.dtypes
         scaling, backend = ctx.scaling, ctx.backend
-        dy = quantise(dy_NF, E5M2, scaling)
+        dy, dy_FN = both_layouts(dy_NF, E5M2, scaling, fused=backend == "scaled_mm")
         dx_ND = product(dy, Quantised(w_values, w_inverse), x_dtype, backend)
-        if scaling == "tensorwise":
-            dy_FN, x_DN = transposed(dy), transposed(Quantised(x_values, x_inverse))
-        else:
-            dy_FN = quantise(dy_NF.t().contiguous(), E5M2, scaling)
+        x_DN = Quantised(x_values, x_inverse)
+        if scaling == "rowwise":
             x_DN = quantise(x_values.t().contiguous(), E4M3, scaling)
         dw_FD = product(dy_FN, x_DN, w_dtype, backend)
         return dx_ND, dw_FD, *([None] * 6)

@@ -83,3 +83,12 @@ def check(operation: str, kinds: dict[str, Sequence[Tensor]], like: str) -> None
                 f"{differ[:5]}, expected as many, of equal sizes and contiguous; give them in the "
                 f"order of {like}"
             )
+
+
+def count_step(steps: list[Tensor], found_inf: Tensor | None) -> None:
+    """Add 1 to every counter, or nothing when found_inf, read on the device, is not zero."""
+    if found_inf is None:
+        torch._foreach_add_(steps, 1)
+    else:  # torch._foreach_add_ would read the tensor as a number and wait for the device
+        applied = torch.where(found_inf > 0, 0.0, 1.0).reshape(())
+        torch.ops.aten._foreach_add_.Tensor(steps, applied)

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 
 import torch
 from llmtrain_kernels.muon import apply_updates, momentum_step
+from llmtrain_kernels.tensor_lists import count_step
 from torch import Tensor, nn
 
 from llmtrain.train.matrices import Matrix, matrix_parameters
@@ -137,12 +138,7 @@ class OrthogonalMomentum(OnePassAdamW):
             torch.zeros_like(mean) if parameter.grad is None else parameter.grad.contiguous()
             for parameter, mean in zip(parameters, momenta)
         ]
-        steps = [state["step"] for state in states]
-        if self.found_inf is None:
-            torch._foreach_add_(steps, 1)
-        else:  # torch._foreach_add_ would read the tensor as a number and wait for the device
-            applied = torch.where(self.found_inf > 0, 0.0, 1.0).reshape(())
-            torch.ops.aten._foreach_add_.Tensor(steps, applied)
+        count_step([state["step"] for state in states], self.found_inf)
         return momentum_step(
             gradients,
             momenta,

@@ -169,10 +169,7 @@ def run_triton(
     """Two launches for all counters, one for all else. config: BLOCK and num_warps, or empty."""
     from llmtrain_kernels.adamw.kernels import adamw_flat_kernel, adamw_list_kernel
 
-    if found_inf is None:
-        torch._foreach_add_(steps, 1)
-    else:  # torch._foreach_add_ would read the tensor as a number and wait for the device
-        torch.ops.aten._foreach_add_.Tensor(steps, 1.0 - found_inf.reshape(()))
+    tensor_lists.count_step(steps, found_inf)
     device = parameters[0].device
     size = sum(z.numel() for z in parameters)
     pinned = dict(zip(("BLOCK", "num_warps"), config)) or launch("adamw", device, size)

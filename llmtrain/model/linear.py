@@ -59,7 +59,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if takes_copy(self, x):
-            return Joined.apply(x, 1, self.weight, self.weight_copy)[0]
+            return LinearsFromCopies.apply(x, 1, self.weight, self.weight_copy)[0]
         bias = None if self.bias is None else cast_parameter(self.bias, x)
         if self.float8 is not None and self.training:
             y = float8_linear(
@@ -83,7 +83,7 @@ class Linear(nn.Linear):
 
 
 def takes_copy(layer: Linear, x: Tensor) -> bool:
-    """Whether the layer computes by Joined. Not with a bias, whose addition belongs to the product,
+    """Whether LinearsFromCopies computes. Not with a bias, whose addition belongs to the product,
     nor where the copy is kept for evaluation beside float8 training."""
     return (
         x.is_cuda
@@ -100,10 +100,12 @@ def linears(x: Tensor, *layers: Linear) -> list[Tensor]:
     if not all(takes_copy(layer, x) for layer in layers):
         return [layer(x) for layer in layers]
     weights = [layer.weight for layer in layers]
-    return list(Joined.apply(x, len(layers), *weights, *(layer.weight_copy for layer in layers)))
+    return list(
+        LinearsFromCopies.apply(x, len(layers), *weights, *(layer.weight_copy for layer in layers))
+    )
 
 
-class Joined(torch.autograd.Function):
+class LinearsFromCopies(torch.autograd.Function):
     """(x_..D, their number, weights_OD, their copies in x's dtype) -> x W^T of each."""
 
     @staticmethod

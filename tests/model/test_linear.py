@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from llmtrain.model.linear import Joined, Linear, linears
+from llmtrain.model.linear import Linear, LinearsFromCopies, linears
 
 
 def test_computes_in_the_dtype_of_its_input_with_float32_gradients():
@@ -36,7 +36,9 @@ def joined_inputs(dtype):
 
 
 def joined(x, *weights):
-    return Joined.apply(x, len(weights), *weights, *(w.detach().to(x.dtype) for w in weights))
+    return LinearsFromCopies.apply(
+        x, len(weights), *weights, *(w.detach().to(x.dtype) for w in weights)
+    )
 
 
 def test_joined_is_the_layers_one_by_one():

@@ -9,8 +9,8 @@
 Micikevicius et al. 2022, arXiv:2209.05433. Products accumulate in float32; y and dx come in the
 dtype of x, dW in that of W. Tensor cores want both factors laid out along what they sum over, so
 every factor is quantised in two layouts; with one scale a tensor the second is the first transposed
-(on a GPU one kernel reads the tensor once and writes both), with rowwise scales it is rounded by
-itself.
+(on a GPU one kernel writes both from one read, after the pass that finds amax), with rowwise scales
+it is rounded by itself.
 
 Saved for the backward pass: x8 in its second layout (1 byte an element; rowwise: x), and the
 weight's second layout.

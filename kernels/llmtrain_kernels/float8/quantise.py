@@ -47,7 +47,7 @@ def both_layouts(
     fused: by the Triton kernel where it can run, which has one scale for the tensor.
     """
     if fused and scaling == "tensorwise" and can_fuse(x_MK):
-        amax = torch.linalg.vector_norm(x_MK, torch.inf, dtype=torch.float32).clamp(min=TINY)
+        amax = largest_of(x_MK)
         rows_MK, columns_KM = cast_both(x_MK.contiguous(), amax, dtype)
         inverse = amax / torch.finfo(dtype).max
         return Quantised(rows_MK, inverse), Quantised(columns_KM, inverse)
@@ -67,7 +67,7 @@ def quantise_weight(
 ) -> QuantisedWeight:
     """Both layouts; into the memory of an earlier one when it is given."""
     if out is not None and scaling == "tensorwise" and can_fuse(weight_FD):
-        amax = torch.linalg.vector_norm(weight_FD, torch.inf, dtype=torch.float32).clamp(min=TINY)
+        amax = largest_of(weight_FD)
         launch_cast(weight_FD.contiguous(), amax, out.forward.values, out.backward.values)
         for part in out:
             torch.div(amax, torch.finfo(E4M3).max, out=part.inverse)
@@ -81,6 +81,11 @@ def quantise_weight(
         old.values.copy_(new.values)
         old.inverse.copy_(new.inverse)
     return out
+
+
+def largest_of(x: Tensor) -> Tensor:
+    """The largest absolute value, a float32 scalar on the device; nan where there is one."""
+    return torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32).clamp(min=TINY)
 
 
 def can_fuse(x: Tensor) -> bool:

@@ -53,7 +53,7 @@ def main() -> int:
             case = replace(case, peers={}) if options.no_peers else case
             rows.append(harness.run(case, device, dtype, floor))
             print(f"{time.monotonic() - began:6.1f} s", "\n".join(harness.lines(rows[-1])))
-            fault = harness.wrong(rows[-1], LIMITS[dtype])
+            fault = harness.wrong(rows[-1], case.error or LIMITS[dtype])
             if fault is not None:
                 faults.append(f"{case.kernel} {case.shape}: {fault}")
             if options.out:

@@ -39,7 +39,7 @@ def bench_kernels(config: dict, device: torch.device, out: Path) -> int:
         case = case if config["peers"] else replace(case, peers={})
         rows.append(harness.run(case, device, dtype, floor))
         print("\n".join(harness.lines(rows[-1])), flush=True)
-        fault = harness.wrong(rows[-1], LIMITS[dtype])
+        fault = harness.wrong(rows[-1], case.error or LIMITS[dtype])
         if fault is not None:
             faults.append(f"WRONG: {case.kernel} {case.shape}: {fault}")
         write(out / "kernels.json", rows)

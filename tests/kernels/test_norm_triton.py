@@ -354,11 +354,9 @@ def compiled(name, width, form):
 @pytest.mark.parametrize(("name", "width"), ENTRIES)
 def test_registers_suffice(name, width):
     """No spills, but for gradients of the widest rows, and 16 bytes at a time of every row."""
-    forms = {"norm": ["rms"], "add": ["add"], "gated": ["gate_first", "gate_last"]}
-    forms = forms[name.split("_")[0]]
-    if name.startswith("norm") and width == 4096:
-        forms = [*forms, "layer_bias"]
-    for form in forms:
+    forms = {"norm": ["rms"], "layer": ["layer_bias"], "add": ["add"]}
+    forms["gated"] = ["gate_first", "gate_last"]
+    for form in forms[name.split("_")[0]]:
         facts, config = compiled(name, width, form)
         assert facts.spilled == 0 or (width == fused.WIDEST and name.endswith("bwd")), form
         moved = re.findall(r"(?:cp\.async\.cg|(?:ld|st)\.global\S*\.v4)", facts.ptx)

@@ -21,7 +21,8 @@ class Case:
     reference: the same in the inputs' dtype, which is float64 when errors are taken.
     peers: name -> a function that imports the peer and returns its call (ImportError: reported as
     absent); all take the same inputs, by name, and give the same outputs.
-    costs: (forward, backward). backward: False for a kernel without.
+    costs: (forward, backward). backward: False for a kernel without. error: the relative error that
+    it may have; None: what its dtype allows.
     """
 
     kernel: str
@@ -32,3 +33,4 @@ class Case:
     costs: tuple[Cost, Cost]
     peers: Mapping[str, Callable[[], Call]] = field(default_factory=dict)
     backward: bool = True
+    error: float | None = None

@@ -4,6 +4,7 @@ KERNELS: tuple[str, ...] = (
     "adamw",
     "attention",
     "causal_conv",
+    "float8",
     "glu",
     "linear_cross_entropy",
     "newton_schulz",

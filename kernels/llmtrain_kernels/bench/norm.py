@@ -183,7 +183,7 @@ def candidates() -> dict[str, list[dict[str, int]]]:
     keys = ("rows", "programs", "num_warps", "num_stages")
     forward, backward = ([dict(zip(keys, c)) for c in made] for made in (FORWARD, BACKWARD))
     made = {"norm_sum": [dict(zip(("rows", "block", "num_warps"), c)) for c in SUMS]}
-    for kind in ("norm", "add_norm", "gated_norm"):
+    for kind in ("norm", "layer_norm", "add_norm", "gated_norm"):
         made |= {f"{kind}_fwd": forward, f"{kind}_bwd": backward}
     return made
 
@@ -195,6 +195,7 @@ def tunings(
     found = []
     widths = {
         "norm": (128, 512, 1024, 2048, 4096, 8192, 16384),
+        "layer_norm": (1024, 2048, 4096, 16384),
         "add_norm": (512, 1024, 2048, 4096, 8192, 16384),
         "gated_norm": (64, 128, 256, 1024, 4096, 8192, 16384),
     }
@@ -211,8 +212,8 @@ def runner(
     kind: str, rows: int, width: int, device: torch.device
 ) -> tuple[Callable[[Mapping[str, int]], object], Callable[[Mapping[str, int]], object]]:
     """Forward and backward of a kind; what they read is made when the first of them runs."""
-    added, gated = kind == "add_norm", kind == "gated_norm"
-    options = (width, False, False, gated and width > 128, False)
+    added, gated, centered = (kind == name for name in ("add_norm", "gated_norm", "layer_norm"))
+    options = (width, centered, False, gated and width > 128, False)
     made: list[Tensor] = []
 
     def tensors() -> list[Tensor]:
@@ -225,13 +226,15 @@ def runner(
     def forward(config: Mapping[str, int]) -> object:
         check(width, config)
         x, other, _, weight, _ = tensors()
-        given = (x, other if added else None, other if gated else None, weight, None)
+        bias = weight if centered else None
+        given = (x, other if added else None, other if gated else None, weight, bias)
         return fused.launch_forward(*given, EPS, *options, True, config)
 
     def backward(config: Mapping[str, int]) -> object:
         check(width, config)
         x, other, dy, weight, rstd = tensors()
-        saved = (x, other if gated else None, weight, None, rstd, rstd)
+        bias = weight if centered else None
+        saved = (x, other if gated else None, weight, bias, rstd, rstd)
         return fused.launch_backward(dy, other if added else None, *saved, *options, added, config)
 
     return forward, backward

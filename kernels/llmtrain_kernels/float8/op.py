@@ -42,38 +42,90 @@ def product(
     return made.to(dtype)
 
 
-class Float8Linear(torch.autograd.Function):
-    """(x_ND, weight_FD, the weight quantised or four times None, scaling, backend) -> y_NF"""
+# Operators, not an autograd.Function: torch.compile takes a gradient of zeros for what comes out of
+# torch._scaled_mm, which has none of its own (torch 2.11).
 
-    @staticmethod
-    def forward(ctx, x_ND, weight_FD, w8_FD, w8_inverse, w8_DF, w8_back_inverse, scaling, backend):
-        if w8_FD is None:
-            weight = quantise_weight(weight_FD, scaling)
-        else:
-            weight = QuantisedWeight(
-                Quantised(w8_FD, w8_inverse), Quantised(w8_DF, w8_back_inverse)
-            )
-        if scaling == "tensorwise":
-            x, kept = both_layouts(x_ND, E4M3, scaling, fused=backend == "scaled_mm")
-        else:
-            x, kept = quantise(x_ND, E4M3, scaling), Quantised(x_ND, None)
-        ctx.save_for_backward(*kept, *weight.backward)
-        ctx.scaling, ctx.backend = scaling, backend
-        ctx.dtypes = x_ND.dtype, weight_FD.dtype
-        return product(x, weight.forward, x_ND.dtype, backend, fast=True)
 
-    @staticmethod
-    def backward(ctx, dy_NF):
-        x_values, x_inverse, w_values, w_inverse = ctx.saved_tensors
-        x_dtype, w_dtype = ctx.dtypes
-        scaling, backend = ctx.scaling, ctx.backend
-        dy, dy_FN = both_layouts(dy_NF, E5M2, scaling, fused=backend == "scaled_mm")
-        dx_ND = product(dy, Quantised(w_values, w_inverse), x_dtype, backend)
-        x_DN = Quantised(x_values, x_inverse)
-        if scaling == "rowwise":
-            x_DN = quantise(x_values.t().contiguous(), E4M3, scaling)
-        dw_FD = product(dy_FN, x_DN, w_dtype, backend)
-        return dx_ND, dw_FD, *([None] * 6)
+@torch.library.custom_op("llmtrain::float8_linear", mutates_args=())
+def forward(
+    x_ND: Tensor,
+    weight_FD: Tensor,
+    w8_FD: Tensor,
+    w8_inverse: Tensor,
+    w8_DF: Tensor,
+    w8_back_inverse: Tensor,
+    scaling: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y_NF, x quantised along its columns and its scale; those are empty when rowwise)."""
+    if scaling == "tensorwise":
+        x, kept = both_layouts(x_ND, E4M3, scaling, fused=backend == "scaled_mm")
+    else:
+        x, kept = quantise(x_ND, E4M3, scaling), nothing(x_ND)
+    y_NF = product(x, Quantised(w8_FD, w8_inverse), x_ND.dtype, backend, fast=True)
+    return y_NF, *kept
+
+
+def nothing(x: Tensor) -> Quantised:
+    return Quantised(x.new_empty(0, dtype=E4M3), x.new_empty(0, dtype=torch.float32))
+
+
+@forward.register_fake
+def _(x_ND, weight_FD, w8_FD, w8_inverse, w8_DF, w8_back_inverse, scaling, backend):
+    y_NF = x_ND.new_empty(x_ND.shape[0], w8_FD.shape[0])
+    if scaling == "rowwise":
+        return y_NF, *nothing(x_ND)
+    kept_DN = x_ND.new_empty(x_ND.shape[::-1], dtype=E4M3)
+    return y_NF, kept_DN, x_ND.new_empty((), dtype=torch.float32)
+
+
+@torch.library.custom_op("llmtrain::float8_linear_backward", mutates_args=())
+def backward(
+    dy_NF: Tensor,
+    kept: Tensor,
+    kept_inverse: Tensor,
+    w8_DF: Tensor,
+    w8_inverse: Tensor,
+    x_dtype: torch.dtype,
+    w_dtype: torch.dtype,
+    scaling: str,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """(dx_ND, dW_FD). kept: x quantised along its columns, [D, N]; rowwise: x_ND itself."""
+    dy, dy_FN = both_layouts(dy_NF, E5M2, scaling, fused=backend == "scaled_mm")
+    dx_ND = product(dy, Quantised(w8_DF, w8_inverse), x_dtype, backend)
+    x_DN = Quantised(kept, kept_inverse)
+    if scaling == "rowwise":
+        x_DN = quantise(kept.t().contiguous(), E4M3, scaling)
+    return dx_ND, product(dy_FN, x_DN, w_dtype, backend)
+
+
+@backward.register_fake
+def _(dy_NF, kept, kept_inverse, w8_DF, w8_inverse, x_dtype, w_dtype, scaling, backend):
+    (n, f), d = dy_NF.shape, w8_DF.shape[0]
+    return dy_NF.new_empty((n, d), dtype=x_dtype), dy_NF.new_empty((f, d), dtype=w_dtype)
+
+
+def setup_context(ctx, inputs, output) -> None:
+    x_ND, weight_FD, _, _, w8_DF, w8_back_inverse, *ctx.how = inputs
+    _, kept, kept_inverse = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(kept, kept_inverse)
+    ctx.dtypes = x_ND.dtype, weight_FD.dtype
+    kept = x_ND if ctx.how[0] == "rowwise" else kept
+    ctx.save_for_backward(kept, kept_inverse, w8_DF, w8_back_inverse)
+
+
+def gradients(ctx, dy_NF, *_):
+    found = (
+        (None, None)
+        if dy_NF is None
+        else backward(dy_NF, *ctx.saved_tensors, *ctx.dtypes, *ctx.how)
+    )
+    return *found, *([None] * 6)
+
+
+forward.register_autograd(gradients, setup_context=setup_context)
 
 
 def float8_linear(
@@ -94,8 +146,8 @@ def float8_linear(
     assert weight_FD.shape[0] % MULTIPLE == 0 == weight_FD.shape[1] % MULTIPLE, weight_FD.shape
     x_ND = x.reshape(-1, x.shape[-1])
     assert x_ND.shape[0] % MULTIPLE == 0, x.shape
-    made = (None,) * 4 if quantised is None else (*quantised.forward, *quantised.backward)
-    y_NF = Float8Linear.apply(x_ND, weight_FD, *made, scaling, backend)
+    made = quantised or quantise_weight(weight_FD.detach(), scaling)
+    y_NF, *_ = forward(x_ND, weight_FD, *made.forward, *made.backward, scaling, backend)
     return y_NF.reshape(*x.shape[:-1], weight_FD.shape[0])
 
 

@@ -47,7 +47,7 @@ def launch_forward(
     (x, residual, gate), rows, inner, strides = rows_of((x, residual, gate))
     assert rows < 2**31
     groups = x.shape[-1] // group_width
-    kind = table(residual is not None, gate is not None)
+    kind = table(residual is not None, gate is not None, centered)
     config = config or launch(f"{kind}_fwd", x.device, group_width)
     with torch.cuda.device_of(x):
         norm_fwd_kernel[grid(x.device, rows, groups, config)](
@@ -100,7 +100,7 @@ def launch_backward(
     dx, dgate, dweight, dbias = gradients_of(x, gate, weight, bias)
     (dy, dh, x, gate), rows, inner, strides = rows_of((dy, dh, x, gate))
     width, groups = x.shape[-1], x.shape[-1] // group_width
-    kind = table(added, gate is not None)
+    kind = table(added, gate is not None, centered)
     config = config or launch(f"{kind}_bwd", x.device, group_width)
     programs, _ = size = grid(x.device, rows, groups, config)
     sums = 1 if bias is None else 2
@@ -159,9 +159,11 @@ def add_partials(
         )
 
 
-def table(added: bool, gated: bool) -> str:
+def table(added: bool, gated: bool, centered: bool) -> str:
     """The launch tables' name of a norm."""
-    return "add_norm" if added else "gated_norm" if gated else "norm"
+    if added or gated:
+        return "add_norm" if added else "gated_norm"
+    return "layer_norm" if centered else "norm"
 
 
 def grid(

@@ -25,6 +25,7 @@ class Train:
     total_tokens: int
     precision: Literal["fp32", "bf16", "fp8", "fp8_rowwise"]
     compile: Literal["none", "blocks", "model"]
+    cuda_graphs: Literal["auto", "always", "never"]
     activation_checkpointing: Literal["none", "full"]
     grad_clip: float | None
     device: Device

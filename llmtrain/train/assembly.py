@@ -56,6 +56,7 @@ def engine(setup: Setup, watchdog: Watchdog) -> Engine:
         check=check,
         watch=watchdog.watch,
         compute_dtype=built.model.compute_dtype,
+        graphs=setup.graphs(),
     )
 
 

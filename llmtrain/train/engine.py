@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,7 @@ from llmtrain.data.batch import MicroBatch
 from llmtrain.distributed import BACKENDS, TIMEOUT, World
 from llmtrain.train.copies import WeightCopies
 from llmtrain.train.faults import UNSPOILED, Spoil
+from llmtrain.train.graphs import MicroGraphs
 from llmtrain.train.guard import (
     APPLIED,
     GRADIENT_NOT_FINITE,
@@ -137,7 +139,8 @@ class Engine:
     """One model in training on this rank, which has joined the process group (distributed.start).
 
     step_tokens: tokens of a full global batch; grad_clip: None for no clipping; check: of the first
-    step that is applied; watch: is told where a step stands; compute_dtype: of the activations.
+    step that is applied; watch: is told where a step stands; compute_dtype: of the activations;
+    graphs: whether micro-batches run as CUDA graphs (graphs.py), on one rank.
     The optimizer is built over the module's own parameters, before any of this. shapes: name ->
     shape of every parameter and persistent buffer, before any partitioning.
     """
@@ -156,11 +159,17 @@ class Engine:
         check: OptimizerCheck | None = None,
         watch: Watch | None = None,
         compute_dtype: torch.dtype = torch.float32,
+        graphs: Literal["always", "auto"] | None = None,
     ):
         deepspeed = load_deepspeed(device)
         deepspeed.init_distributed(BACKENDS[device.type], timeout=TIMEOUT)
         zero = for_ranks(zero, world.size)
         self.world, self.device = world, device
+        self.stream_before = None
+        if graphs is not None and device.type == "cuda":  # no graph is recorded on the first stream
+            torch.cuda.synchronize(device)
+            self.stream_before = torch.cuda.current_stream(device)
+            torch.cuda.set_stream(torch.cuda.Stream(device))
         self.watch = watch or Watch()
         self.step_tokens, self.grad_clip = step_tokens, grad_clip
         self.check, self.steps_before = check, 0
@@ -194,6 +203,10 @@ class Engine:
         self.buffers = {name: module.get_buffer(name) for name in buffers}
         # At stage 3 there is no whole weight between the layers' calls.
         self.copies = WeightCopies(module, compute_dtype) if zero.stage < 3 else None
+        self.graphs = None
+        if graphs is not None:
+            passes = {"eager": self.passes, "plain": self.plain_passes}
+            self.graphs = MicroGraphs(module, **passes, required=graphs == "always")
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -211,6 +224,21 @@ class Engine:
             self.copies.refresh()
         self.engine.set_gradient_accumulation_boundary(last)
         self.watch.at("forward")
+        if self.graphs is not None and spoil == UNSPOILED:
+            sums, aux = self.graphs.run(micro)
+        else:
+            sums, aux = self.passes(micro, last=last, spoil=spoil)
+        self.sums += sums
+        for name, value in aux.items():
+            value = value.to(torch.float64)
+            into = self.channel_sums if name.startswith("sum/") else self.aux
+            into[name] = into[name] + value if name in into else value
+        self.micro_steps += 1
+
+    def passes(
+        self, micro: MicroBatch, *, last: bool = False, spoil: Spoil = UNSPOILED
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward and backward: (sums, aux) as TrainModule gives them."""
         loss_sum, sums, aux = self.engine(micro)
         self.watch.lap("forward")
         self.watch.at("backward")
@@ -220,12 +248,13 @@ class Engine:
         self.engine.backward(loss_sum, scale_wrt_gas=False)
         if spoil.loss != 1.0:  # NaN too
             sums[:2] *= spoil.loss
-        self.sums += sums
-        for name, value in aux.items():
-            value = value.to(torch.float64)
-            into = self.channel_sums if name.startswith("sum/") else self.aux
-            into[name] = into[name] + value if name in into else value
-        self.micro_steps += 1
+        return sums, aux
+
+    def plain_passes(self, micro: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same kernels without DeepSpeed, which has nothing to add where one rank has all."""
+        loss_sum, sums, aux = self.module(micro)
+        (loss_sum * self.loss_scale).backward()
+        return sums, aux
 
     def when_backward_ends(self, grad: Tensor) -> None:
         """What follows the backward pass is the sum over ranks."""
@@ -311,7 +340,8 @@ class Engine:
         return int(self.parts.states[0]["step"].item())
 
     def fragments(self) -> list[Fragment]:
-        """This rank's share of a checkpoint; buffers are rank 0's."""
+        """This rank's share of a checkpoint, whole; buffers are rank 0's."""
+        self.catch_up()
         return self.parts.to_save() + (self.buffer_fragments() if self.world.rank == 0 else [])
 
     def to_load(self) -> list[Fragment]:
@@ -324,7 +354,13 @@ class Engine:
             for name, buffer in self.buffers.items()
         ]
 
+    def catch_up(self) -> None:
+        """Other threads copy on another stream."""
+        if self.stream_before is not None:
+            torch.cuda.synchronize(self.device)
+
     def loaded(self, optimizer_steps: int) -> None:
+        self.catch_up()
         for state in self.parts.states:
             state["step"].fill_(optimizer_steps)
         self.steps_before = optimizer_steps
@@ -332,4 +368,7 @@ class Engine:
 
     def close(self) -> None:
         """Release DeepSpeed's hooks; without it ranks may abort at exit."""
+        self.catch_up()
+        if self.stream_before is not None:
+            torch.cuda.set_stream(self.stream_before)
         self.engine.destroy()

@@ -38,6 +38,7 @@ MAY_CHANGE = (
     "train.total_tokens",
     "train.micro_batch",
     "train.compile",
+    "train.cuda_graphs",
     "train.activation_checkpointing",
     "train.device",
     "train.log_every",

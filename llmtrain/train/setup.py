@@ -20,6 +20,7 @@ from llmtrain.train.batches import choose_micro_batch
 from llmtrain.train.branch import settle
 from llmtrain.train.copies import use_float8
 from llmtrain.train.faults import Fault
+from llmtrain.train.graphs import launch_bound, why_not
 from llmtrain.train.guard import Knobs
 from llmtrain.train.module import TrainModule
 from llmtrain.train.muon import Muon
@@ -67,6 +68,11 @@ class Setup:
         ask = not elsewhere or device.type == "cpu"
         if knobs["precision"] in build.SCALINGS:
             check_float8(knobs, device if ask else None)
+        reason = cannot_record(knobs, world, zero, device)
+        if knobs["cuda_graphs"] == "always" and reason is not None and ask:
+            raise ValueError(
+                f"train.cuda_graphs=always: {reason}; change that or set train.cuda_graphs=auto"
+            )
         optimizer = build.part(config["optimizer"], build.label(config, "optimizer"))
         optimizer.check_stage(zero.stage)
         one_row = {**config, "train": {**knobs, "micro_batch": 1}}
@@ -140,6 +146,17 @@ class Setup:
             device=self.device,
         )
 
+    def graphs(self) -> str | None:
+        """Whether micro-batches run as CUDA graphs: always, auto (where they can) or None."""
+        wanted = self.config["train"]["cuda_graphs"]
+        if wanted != "auto":
+            return None if wanted == "never" else wanted
+        if cannot_record(self.config["train"], self.world, self.zero, self.device) is not None:
+            return None
+        layers = len(self.build_module("meta").model.stack.layers)
+        tokens = self.micro_batch * self.plan.seq_len
+        return "auto" if launch_bound(self.flops(), tokens, layers, self.device) else None
+
     def facts(self) -> dict:
         """What a line of starts.jsonl says about how the run is computed."""
         cuda = self.device.type == "cuda"
@@ -163,6 +180,16 @@ class Setup:
         chosen = ", ".join(f"{part}: {name}" for part, name in self.backends.items())
         lines = [describe(self.plan, rate), "optimizer groups", groups]
         return "\n".join(lines + ([f"kernel backends  {chosen}"] if chosen else []))
+
+
+def cannot_record(knobs: dict, world: World, zero: Zero0, device: torch.device) -> str | None:
+    """Why micro-batches cannot run as CUDA graphs, or None."""
+    return why_not(
+        ranks=world.size,
+        stage=zero.stage,
+        device=device,
+        checkpointing=knobs["activation_checkpointing"],
+    )
 
 
 def check_float8(knobs: dict, device: torch.device | None) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -57,7 +58,8 @@ class StepResult:
     """What a step did, over all ranks.
 
     loss, ce: nats per token (loss with its auxiliary terms); grad_norm: before clipping;
-    tokens, text_bytes: of the targets that counted; code: APPLIED, or why it was skipped.
+    tokens, text_bytes: of the targets that counted; code: APPLIED, or why it was skipped; seconds:
+    from the end of the step before it to its own, None for the first after a start or a load.
     """
 
     loss: float
@@ -68,6 +70,7 @@ class StepResult:
     code: int
     stop: bool
     aux: dict[str, float]
+    seconds: float | None
 
     @property
     def applied(self) -> bool:
@@ -83,22 +86,25 @@ def bits_per_byte(nats: float, text_bytes: float) -> float:
 
 
 class Pending:
-    """The result of a step that the device may still be computing."""
+    """The result of a step that the device may still be computing. before: of the step before it,
+    None for no such one; steps are read in their order."""
 
-    def __init__(self, totals: Tensor, aux_names: list[str]):
-        self.aux_names = aux_names
+    def __init__(self, totals: Tensor, aux_names: list[str], before: Pending | None = None):
+        self.aux_names, self.before = aux_names, before
         if totals.is_cuda:
             self.host = torch.empty(totals.shape, dtype=totals.dtype, pin_memory=True)
             self.host.copy_(totals, non_blocking=True)
-            self.event = torch.cuda.Event()
+            self.event = torch.cuda.Event(enable_timing=True)
             self.event.record()
         else:
             self.host, self.event = totals, None
+            self.ended = time.perf_counter()
 
     def read(self) -> StepResult:
         """Wait for the device and give the result."""
         if self.event is not None:
             self.event.synchronize()
+        seconds, self.before = self.seconds(), None
         loss, ce, tokens, text_bytes, norm, code, stop, *aux = self.host.tolist()
         tokens = max(tokens, 1e-30)
         return StepResult(
@@ -110,7 +116,16 @@ class Pending:
             code=int(code),
             stop=bool(stop),
             aux=dict(zip(self.aux_names, aux, strict=True)),
+            seconds=seconds,
         )
+
+    def seconds(self) -> float | None:
+        """On the device's clock: the host is now ahead of it, now waits for it."""
+        if self.before is None:
+            return None
+        if self.event is None:
+            return self.ended - self.before.ended
+        return self.before.event.elapsed_time(self.event) / 1e3
 
 
 def verdict(loss: Tensor, mean: Tensor, norm: Tensor, limits: Limits) -> Tensor:
@@ -207,6 +222,7 @@ class Engine:
         if graphs is not None:
             passes = {"eager": self.passes, "plain": self.plain_passes}
             self.graphs = MicroGraphs(module, **passes, required=graphs == "always")
+        self.last: Pending | None = None
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -307,7 +323,8 @@ class Engine:
         values = [value.to(norm.dtype).reshape(1) for value in metrics.values()]
         result = torch.cat([head, torch.stack([norm, code]), tail, *values])
         self.begin_step()
-        return Pending(result, [*names, *metrics])
+        self.last = Pending(result, [*names, *metrics], before=self.last)
+        return self.last
 
     def after_step(self, totals: list[Tensor], applied: Tensor) -> dict[str, Tensor]:
         """Hand channels what they summed over the step, zeros if it was skipped; their metrics."""
@@ -363,7 +380,7 @@ class Engine:
         self.catch_up()
         for state in self.parts.states:
             state["step"].fill_(optimizer_steps)
-        self.steps_before = optimizer_steps
+        self.steps_before, self.last = optimizer_steps, None
         self.parts.loaded()
 
     def close(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import resource
-import time
 
 import torch
 
@@ -15,15 +14,15 @@ from llmtrain.train.engine import StepResult, bits_per_byte
 class Meter:
     """Collects step results and gives the values of a line of metrics.jsonl.
 
-    The first step (compilation, allocation) and pauses (validation, checkpoints) do not count
-    towards rates. step_tokens: of a global batch; flops: of a training token.
+    The first step after a start or a load (compilation, allocation) and pauses (validation,
+    checkpoints) do not count towards rates. step_tokens: of a global batch; flops: of a training
+    token.
     """
 
     def __init__(self, *, step_tokens: int, flops: float, device: torch.device, devices: int):
         self.step_tokens, self.flops = step_tokens, flops
         self.device, self.devices = device, devices
         self.total_seconds = self.total_steps = 0.0
-        self.warm = False
         self.clear()
 
     def clear(self) -> None:
@@ -31,9 +30,8 @@ class Meter:
         self.nats = self.ce_nats = self.tokens = self.text_bytes = 0.0
         self.norms: list[float] = []
         self.aux: dict[str, float] = {}
-        self.waited = 0.0
+        self.waited = self.seconds = 0.0
         self.steps = 0
-        self.began = time.perf_counter()
 
     def state(self) -> dict:
         """What the interval has collected, times aside; for a checkpoint within it."""
@@ -48,13 +46,13 @@ class Meter:
         self.norms, self.aux = list(state["norms"]), dict(state["aux"])
 
     def pause(self, seconds: float) -> None:
-        self.began += seconds
+        self.seconds -= seconds
 
     def add(self, result: StepResult) -> None:
-        if not self.warm:  # the rates start after the first step
-            self.warm, self.waited = True, 0.0
-            self.began = time.perf_counter()
+        if result.seconds is None:  # the rates start after it
+            self.waited = self.seconds = 0.0
         else:
+            self.seconds += result.seconds
             self.steps += 1
         if result.applied:
             self.nats += result.loss * result.tokens
@@ -79,7 +77,7 @@ class Meter:
 
     def take(self) -> dict[str, float]:
         """The interval's values; a new one begins. Auxiliary metrics are the last step's."""
-        seconds = time.perf_counter() - self.began
+        seconds = self.seconds
         self.total_seconds += seconds
         self.total_steps += self.steps
         values = {

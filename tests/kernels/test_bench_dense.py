@@ -1,5 +1,6 @@
 """The benchmarks' harness: it must notice a wrong kernel, and report what it says."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -93,5 +94,9 @@ def test_script(tmp_path, kernel):
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     rows = json.loads((tmp_path / "kernels.json").read_text())
-    assert all(row["ours"]["rel_err"] < 1e-5 for row in rows)
+    cases = importlib.import_module(f"llmtrain_kernels.bench.{kernel}").cases(quick=True)
+    limits = {(case.kernel, case.shape): case.error or 1e-5 for case in cases}
+    errors = {(row["kernel"], row["shape"]): row["ours"]["rel_err"] for row in rows}
+    assert set(errors) == set(limits)
+    assert all(errors[named] < limit for named, limit in limits.items())
     assert set(json.loads((tmp_path / "machine.json").read_text())) > {"device", "bytes_per_second"}

@@ -18,10 +18,11 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from llmtrain_kernels.muon import iteration_cost
 from torch import Tensor
 
 from llmtrain.train.matrices import Matrix
-from llmtrain.train.newton_schulz import flops, orthogonalise
+from llmtrain.train.newton_schulz import orthogonalise
 
 
 class Piece(NamedTuple):
@@ -56,10 +57,13 @@ class Whole:
 class Shared(Whole):
     """shares: rank -> numbers of the matrices that it works on, of about equal cost."""
 
-    def __init__(self, matrices: Sequence[Sequence[Matrix]], rank: int, size: int):
+    def __init__(self, matrices: Sequence[Sequence[Matrix]], rank: int, size: int, *, steps: int):
         super().__init__(matrices)
         self.rank, self.shares = rank, [[] for _ in range(size)]
-        costs = [flops(matrix.rows, matrix.cols, 1) for _, matrix in self.matrices]
+        costs = [
+            iteration_cost(1, matrix.rows, matrix.cols, steps, itemsize=2).flops
+            for _, matrix in self.matrices
+        ]
         work = [0.0] * size
         for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
             least = work.index(min(work))
@@ -124,7 +128,7 @@ class Partition:
         self, tensors: list[Tensor], updates: list[Tensor], *, steps: int, dtype: torch.dtype
     ) -> list[Piece]:
         (flat,), (update,) = tensors, updates
-        received = self.exchange(update, dtype) if self.cut else {}
+        received = self.exchange(update) if self.cut else {}
         first = self.rank * self.length
         whole = []
         for matrix in self.own:
@@ -133,7 +137,7 @@ class Partition:
             if not self.inside(matrix):
                 own = torch.cat(
                     [
-                        own.to(dtype) if rank == self.rank else received[rank, matrix.start]
+                        own if rank == self.rank else received[rank, matrix.start]
                         for rank in self.owners(matrix)
                     ]
                 )
@@ -149,18 +153,18 @@ class Partition:
                 found.append(Piece(view, result, matrix))
         return found
 
-    def exchange(self, update: Tensor, dtype: torch.dtype) -> dict[tuple[int, int], Tensor]:
+    def exchange(self, update: Tensor) -> dict[tuple[int, int], Tensor]:
         """(rank, start of the matrix) -> that rank's elements, of the matrices in common."""
         first = self.rank * self.length
         sent, expected, keys = [], [], []
         for other, matrices in enumerate(self.common):
             for matrix in matrices:
                 low, high = self.part(matrix, self.rank)
-                sent.append(update[low - first : high - first].to(dtype))
+                sent.append(update[low - first : high - first])
                 low, high = self.part(matrix, other)
                 expected.append(high - low)
                 keys.append((other, matrix.start))
-        outgoing = torch.cat(sent) if sent else update.new_empty(0, dtype=dtype)
+        outgoing = torch.cat(sent) if sent else update.new_empty(0)
         incoming = outgoing.new_empty(sum(expected))
         dist.all_to_all_single(
             incoming, outgoing, self.elements_from_others(), self.elements_to_others()

@@ -48,7 +48,7 @@ SCALINGS: dict[str, Callable[[float, float], float]] = {
     "original": lambda rows, cols: math.sqrt(max(1.0, rows / cols)),
     "match_rms_adamw": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
 }
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 STATE = ("momentum",)
 
 
@@ -56,7 +56,8 @@ STATE = ("momentum",)
 class OrthogonalMomentum(OnePassAdamW):
     """The optimizer. Groups with a key "matrices" (one list a parameter) are Muon's.
 
-    ns_dtype: None for bfloat16 on a GPU and the parameters' own dtype on a CPU.
+    ns_dtype: None for float16 on a GPU and the parameters' own dtype on a CPU. What is to be
+    orthogonalised comes in bfloat16 instead of float16: it has not been divided by its norm yet.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class OrthogonalMomentum(OnePassAdamW):
                 matrices = end_to_end(group)
                 home = Partition(matrices, length=flat.numel(), rank=rank, size=size)
             elif size > 1:
-                home = Shared(group["matrices"], rank, size)
+                home = Shared(group["matrices"], rank, size, steps=self.ns_steps)
             else:
                 continue
             self.homes[group["name"]] = home
@@ -113,8 +114,9 @@ class OrthogonalMomentum(OnePassAdamW):
     def step_matrices(self, group: dict) -> None:
         tensors = [parameter.detach() for parameter in group["params"]]
         dtype = self.dtype_for(tensors[0])
+        averages = self.averages(group["params"], averages_dtype(dtype))
         pieces = self.homes[group["name"]].pieces(
-            tensors, self.averages(group["params"], dtype), steps=self.ns_steps, dtype=dtype
+            tensors, averages, steps=self.ns_steps, dtype=dtype
         )
         by_scale: dict[float, list[Piece]] = {}
         for piece in pieces:
@@ -157,7 +159,12 @@ class OrthogonalMomentum(OnePassAdamW):
     def dtype_for(self, tensor: Tensor) -> torch.dtype:
         if self.ns_dtype is not None:
             return self.ns_dtype
-        return torch.bfloat16 if tensor.is_cuda else tensor.dtype
+        return torch.float16 if tensor.is_cuda else tensor.dtype
+
+
+def averages_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of what an iteration in that dtype is given."""
+    return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 def end_to_end(group: dict) -> list[Matrix]:
@@ -214,7 +221,7 @@ class Muon:
     def dtype_on(self, device: torch.device) -> torch.dtype:
         """What Newton-Schulz computes in, of float32 parameters on that device."""
         if self.ns_dtype == "auto":
-            return torch.bfloat16 if device.type == "cuda" else torch.float32
+            return torch.float16 if device.type == "cuda" else torch.float32
         return DTYPES[self.ns_dtype]
 
     def groups(self, model: nn.Module) -> dict[str, Members]:
@@ -286,7 +293,7 @@ class Muon:
 
     def memory(self, model: nn.Module) -> OptimizerMemory:
         """One value kept of a matrix's element, two of another; while it steps, averages, batches
-        and results, counted as float32 (in bfloat16 it is half)."""
+        and results, counted as float32 (in 16 bits it is half)."""
         count = sum(parameter.numel() for parameter in model.parameters())
         matrices = sum(matrix.numel for cut in matrix_parameters(model).values() for matrix in cut)
         return OptimizerMemory(state=2 * count - matrices, step=3 * matrices)

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass
 
 import torch
+from llmtrain_kernels.muon import COEFFICIENTS, EPS
 from torch import Tensor
 
 from llmtrain.train.matrices import Matrix
-from llmtrain.train.muon import Muon
-from llmtrain.train.newton_schulz import COEFFICIENTS, EPS
+from llmtrain.train.muon import Muon, averages_dtype
 from llmtrain.train.optimizer import AdamW
 
 
@@ -50,8 +50,10 @@ class Reference:
     def orthogonal(self, matrix: Matrix, update: Tensor) -> tuple[Tensor, float]:
         """The flattened result in float64, and how far the optimizer's dtype is from it."""
         dtype = self.spec.dtype_on(self.device)
-        x_RC = update.view(matrix.rows, matrix.cols).to(dtype)  # what the iteration is given
-        exact, rough = (iterate(x, self.spec.ns_steps) for x in (x_RC.double(), x_RC))
+        x_RC = update.view(matrix.rows, matrix.cols).to(averages_dtype(dtype))  # what it is given
+        exact, rough = (
+            iterate(x_RC.double(), self.spec.ns_steps, kind) for kind in (torch.float64, dtype)
+        )
         noise = (rough.double() - exact).norm() / exact.norm().clamp(min=1e-300)
         return exact.reshape(-1), noise.item()
 
@@ -63,13 +65,19 @@ class Reference:
         return 0.2 * math.sqrt(max(rows, cols) * tall / across)
 
 
-def iterate(x_RC: Tensor, steps: int) -> Tensor:
-    """Newton-Schulz, written for reading."""
+def iterate(x_RC: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """Newton-Schulz in that dtype, written for reading."""
     a, b, c = COEFFICIENTS
     tall = x_RC.shape[0] > x_RC.shape[1]
     x_RC = x_RC.mT if tall else x_RC
-    x_RC = x_RC / x_RC.norm().clamp(min=EPS)
+    x_RC = (x_RC / x_RC.norm().clamp(min=EPS)).to(dtype)
     for _ in range(steps):
         gram_RR = x_RC @ x_RC.mT
         x_RC = a * x_RC + (b * gram_RR + c * gram_RR @ gram_RR) @ x_RC
     return x_RC.mT if tall else x_RC
+
+
+def flops(rows: int, cols: int, steps: int) -> float:
+    """Floating-point operations of iterate()."""
+    short, long = sorted((rows, cols))
+    return steps * (4.0 * short**2 * long + 2.0 * short**3)

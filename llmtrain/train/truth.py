@@ -12,7 +12,7 @@ whole ones. On a CPU a tenth of `elements`. Every rank looks at what it owns of 
 up over the ranks.
 
 float32 cannot show a change below half a unit in the last place of a weight; that much is allowed.
-Muon's orthogonalisation has the rounding of its dtype, which in bfloat16 is large where gradients
+Muon's orthogonalisation has the rounding of its dtype, which in 16 bits is large where gradients
 have few directions. It is measured: the iteration is also run in that dtype, and its distance from
 float64, times 3, is allowed. The size of the update and its part along the weights (the decay) are
 therefore checked by themselves; there such noise averages out.
@@ -32,10 +32,9 @@ from torch import Tensor, nn
 from llmtrain.distributed import World
 from llmtrain.train.matrices import Matrix, matrix_parameters
 from llmtrain.train.muon import Muon
-from llmtrain.train.newton_schulz import flops
 from llmtrain.train.optimizer import AdamW
 from llmtrain.train.partitions import Fragment
-from llmtrain.train.reference import Reference, Step
+from llmtrain.train.reference import Reference, Step, flops
 
 log = logging.getLogger(__name__)
 

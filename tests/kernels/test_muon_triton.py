@@ -5,7 +5,13 @@ from collections import defaultdict
 import pytest
 import torch
 from llmtrain_kernels.launch import tables
-from llmtrain_kernels.muon import apply_updates, momentum_step, symmetric_matmul
+from llmtrain_kernels.muon import (
+    apply_updates,
+    momentum_step,
+    newton_schulz,
+    one_by_one,
+    symmetric_matmul,
+)
 from offline import DEVICE, INTERPRETED, compile_for_hopper, hosts, run_in_interpreter, runs
 
 pytest.importorskip("triton")
@@ -57,7 +63,7 @@ def test_momentum_is_the_reference_in_float64(sizes, nesterov, momentum):
 @runs
 @pytest.mark.parametrize("sizes", LISTS, ids=str)
 def test_apply_is_the_reference_in_float64(sizes):
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         p, u = lists(sizes, 0, 1)
         u = [z.to(dtype) for z in u]
         exact = [[z.double() for z in some] for some in (p, u)]
@@ -94,11 +100,48 @@ def test_symmetric_matmul_is_the_reference_in_float64(rows, cols, turned):
     gram = symmetric_matmul(x, backend="triton", config=TILES)
     torch.testing.assert_close(gram.double(), expected, rtol=2e-6, atol=2e-5)
     assert torch.equal(gram, gram.mT)
-    expected = symmetric_matmul(gram.double(), gram.double(), alpha=0.3, beta=-2.0)
-    got = symmetric_matmul(gram, gram, alpha=0.3, beta=-2.0, backend="triton", config=TILES)
+    options = {"add_NRR": gram, "alpha": 0.3, "beta": -2.0, "diagonal": 50.0}
+    expected = symmetric_matmul(gram.double(), **options | {"add_NRR": gram.double()})
+    got = symmetric_matmul(gram, **options, backend="triton", config=TILES)
     scale = expected.abs().max().item()
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-6 * scale)
     assert torch.equal(got, got.mT)
+
+
+@runs
+@FLOAT32
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("rows", "cols"), [(16, 16), (5, 3), (17, 17), (48, 48), (33, 16)])
+def test_symmetric_matmul_of_two_factors(rows, cols, turned):
+    """Of polynomials of one matrix the product; of any others a tile and its image, both as below
+    the diagonal."""
+    shape = (2, cols, rows) if turned else (2, rows, cols)
+    x, other = (draw(*shape, seed=seed) for seed in (0, 1))
+    x, other = (x.mT, other.mT) if turned else (x, other)
+    options = {"backend": "triton", "config": TILES}
+    product = x.double() @ other.double().mT
+    tile = torch.arange(rows, device=DEVICE) // TILES["B"]
+    expected = torch.where(tile[:, None] >= tile[None, :], product, product.mT)
+    got = symmetric_matmul(x, other, **options)
+    torch.testing.assert_close(got.double(), expected, rtol=2e-6, atol=2e-5)
+    gram = symmetric_matmul(x, **options)
+    squared = symmetric_matmul(gram, diagonal=1.0, **options)
+    got = symmetric_matmul(squared, gram.mT.contiguous().mT, **options)
+    expected = squared.double() @ gram.double()
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=2e-6 * scale)
+
+
+@runs
+@FLOAT32
+@pytest.mark.parametrize(("rows", "cols"), [(20, 40), (40, 20), (33, 33)])
+def test_iteration_is_the_definition_in_float64(rows, cols):
+    x = draw(2, rows, cols)
+    expected = one_by_one(x.double(), 5)
+    got = newton_schulz(x, 5, backend="triton")
+    torch.testing.assert_close(
+        got.double(), expected, rtol=0, atol=1e-4 * expected.abs().max().item()
+    )
 
 
 @runs
@@ -121,8 +164,9 @@ def test_operators_are_registered_soundly():
     torch.library.opcheck(operators.muon_momentum_step, arguments, **checks)
     torch.library.opcheck(operators.muon_apply_updates, (m, g, None, 0.1, 0.1, [64, 4]), **checks)
     x = draw(2, 5, 9)
-    arguments = (x, None, 1.0, 1.0, [16, 16, 4, 2])
-    torch.library.opcheck(operators.symmetric_matmul, arguments, **checks)
+    for other in (None, x + 1):
+        arguments = (x, other, None, 1.0, 1.0, 0.5, [16, 16, 4, 2])
+        torch.library.opcheck(operators.symmetric_matmul, arguments, **checks)
 
 
 @runs
@@ -167,6 +211,20 @@ def test_symmetric_matmul_on_a_gpu(rows, cols, turned):
 
 @pytest.mark.gpu
 @hosts
+@pytest.mark.parametrize(("rows", "cols"), [(2048, 5632), (5632, 2048), (2048, 2048), (200, 333)])
+def test_iteration_on_a_gpu(rows, cols):
+    """In float16 nearer to float64 than the definition in bfloat16, the same bits twice."""
+    x = draw(2, rows, cols) * torch.arange(1.0, cols + 1, device=DEVICE).rsqrt()
+    x = x.bfloat16()
+    got, again = (newton_schulz(x, 5, dtype=torch.float16) for _ in range(2))
+    assert torch.equal(got, again)
+    expected, plain = one_by_one(x.double(), 5), one_by_one(x, 5)
+    errors = [(z.double() - expected).norm() / expected.norm() for z in (got, plain)]
+    assert errors[0] < 0.5 * errors[1]
+
+
+@pytest.mark.gpu
+@hosts
 def test_passes_in_a_cuda_graph():
     """Captured and replayed as called, after what the host had in memory is gone."""
     one, two = (lists([70_000, 9], 0, 1) for _ in range(2))
@@ -195,10 +253,10 @@ def test_passes_in_a_cuda_graph():
 @hosts
 @pytest.mark.parametrize("device", ["h100", "default"])
 def test_lists_compiled_for_hopper(device):
-    from llmtrain_kernels.muon.kernels import apply_kernel, momentum_kernel
+    from llmtrain_kernels.muon.kernels import KINDS, apply_kernel, momentum_kernel
 
     types = defaultdict(lambda: "*fp32", p_table="*i64", rate="fp32", decay="fp32")
-    shared = {"SKIPS": True, "HALF": True, "ALIGNED": True, "WIDTH": 256}
+    shared = {"SKIPS": True, "KIND": KINDS[torch.bfloat16], "ALIGNED": True, "WIDTH": 256}
     momentum = {"NEW": 0.05, "NESTEROV": True, "SCALED": True}
     kernels = (("muon_momentum", momentum_kernel, momentum, 3), ("muon_apply", apply_kernel, {}, 2))
     for name, kernel, own, wide in kernels:
@@ -212,20 +270,23 @@ def test_lists_compiled_for_hopper(device):
 
 
 @hosts
-@pytest.mark.parametrize("inner", ["s_r", "s_c"])
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("inner", ["r", "c"])
 @pytest.mark.parametrize("even", [True, False])
 @pytest.mark.parametrize("device", ["h100", "default"])
-def test_symmetric_matmul_compiled_for_hopper(device, even, inner):
+def test_symmetric_matmul_compiled_for_hopper(device, even, inner, last):
     """Tensor cores by warp groups from shared memory, for rows and for columns in order."""
     from llmtrain_kernels.muon.kernels import symmetric_matmul_kernel
 
-    integers = dict.fromkeys(("R", "C", "s_n", "s_r", "s_c"), "i32")
-    types = defaultdict(lambda: "*bf16", alpha="fp32", beta="fp32", **integers)
+    integers = dict.fromkeys(("R", "C", "s_n", "s_r", "s_c", "s_on", "s_or", "s_oc"), "i32")
+    scalars = dict.fromkeys(("alpha", "beta", "diagonal"), "fp32")
+    types = defaultdict(lambda: "*fp16", **scalars, **integers)
     for entry in tables(device)["symmetric_matmul"]:
         facts = compile_for_hopper(
             symmetric_matmul_kernel,
             types,
-            {"ADD": True, "EVEN": even, "PRECISION": "tf32", inner: 1}
+            {"ADD": last, "DIAGONAL": last, "EVEN": even, "PRECISION": "tf32"}
+            | {f"s_{inner}": 1, f"s_o{inner}": 1}
             | {key: entry[key] for key in ("B", "BK")},
             num_warps=entry["num_warps"],
             num_stages=entry["num_stages"],

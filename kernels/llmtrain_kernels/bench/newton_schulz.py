@@ -34,6 +34,11 @@ def matrices(n: int, rows: int, cols: int, device: torch.device, dtype: torch.dt
     return (x_NRC * size_C).to(dtype)
 
 
+def ours_in(x: Tensor) -> torch.dtype:
+    """What the optimizer computes in."""
+    return torch.float16 if x.is_cuda else x.dtype
+
+
 def iteration_case(n: int, rows: int, cols: int) -> Case:
     def torchs() -> Call:
         from torch.optim._muon import _zeropower_via_newtonschulz as one
@@ -48,7 +53,7 @@ def iteration_case(n: int, rows: int, cols: int) -> Case:
         kernel="newton_schulz",
         shape=f"N{n} R{rows} C{cols}",
         make=lambda device, dtype: {"x": matrices(n, rows, cols, device, dtype)},
-        ours=lambda x: muon.newton_schulz(x, STEPS),
+        ours=lambda x: muon.newton_schulz(x, STEPS, dtype=ours_in(x)),
         reference=lambda x: muon.one_by_one(x, STEPS),
         costs=(muon.iteration_cost(n, rows, cols, STEPS, itemsize=2), FREE),
         peers={

@@ -1,12 +1,19 @@
-"""The Triton kernels of Muon: momentum and update in one pass, weights in one pass, and x x^T, of
-which the tiles below the diagonal are computed and written twice."""
+"""The Triton kernels of Muon: momentum and update in one pass, weights in one pass, and symmetric
+products, of which the tiles below the diagonal are computed and written twice."""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 
 from llmtrain_kernels.adamw.kernels import address, average, find, length
+
+KINDS = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
 
 
 @triton.jit
@@ -21,24 +28,23 @@ def momentum_kernel(
     NESTEROV: tl.constexpr,
     SCALED: tl.constexpr,
     SKIPS: tl.constexpr,
-    HALF: tl.constexpr,
+    KIND: tl.constexpr,
     ALIGNED: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """NEW: 1 - momentum; HALF: updates are bfloat16, else float32."""
+    """NEW: 1 - momentum; KIND: of the updates."""
     i_tensor, i_block = find(p_table + 4 * WIDTH, tl.program_id(0), WIDTH)
     size = length(p_table + 3 * WIDTH, i_tensor, ALIGNED)
     single = tl.pointer_type(tl.float32)
     p_g = address(p_table, i_tensor, single, ALIGNED)
     p_m = address(p_table + WIDTH, i_tensor, single, ALIGNED)
-    kind: tl.constexpr = tl.bfloat16 if HALF else tl.float32
-    p_u = address(p_table + 2 * WIDTH, i_tensor, tl.pointer_type(kind), ALIGNED)
+    p_u = address(p_table + 2 * WIDTH, i_tensor, tl.pointer_type(KIND), ALIGNED)
     o = i_block * BLOCK + tl.arange(0, BLOCK)
     mask = o < size
     if SKIPS:  # noqa: SIM102 - a branch of the compiler's, then one of the device's
         if tl.load(p_skip) > 0.0:
-            tl.store(p_u + o, tl.zeros((BLOCK,), kind), mask=mask)
+            tl.store(p_u + o, tl.zeros((BLOCK,), KIND), mask=mask)
             return
     b_g = tl.load(p_g + o, mask=mask, other=0.0, eviction_policy="evict_first")
     b_m = tl.load(p_m + o, mask=mask, other=0.0, eviction_policy="evict_first")
@@ -47,7 +53,7 @@ def momentum_kernel(
     b_m = average(b_m, b_g, NEW)
     tl.store(p_m + o, b_m, mask=mask, eviction_policy="evict_first")
     b_u = average(b_m, b_g, NEW) if NESTEROV else b_m
-    tl.store(p_u + o, b_u.to(kind), mask=mask)
+    tl.store(p_u + o, b_u.to(KIND), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rate", "decay"])
@@ -60,19 +66,19 @@ def apply_kernel(
     rate,
     decay,
     SKIPS: tl.constexpr,
-    HALF: tl.constexpr,
+    KIND: tl.constexpr,
     ALIGNED: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """KIND: of the updates."""
     if SKIPS:  # noqa: SIM102 - a branch of the compiler's, then one of the device's
         if tl.load(p_skip) > 0.0:
             return
     i_tensor, i_block = find(p_table + 3 * WIDTH, tl.program_id(0), WIDTH)
     size = length(p_table + 2 * WIDTH, i_tensor, ALIGNED)
-    kind: tl.constexpr = tl.bfloat16 if HALF else tl.float32
     p_p = address(p_table, i_tensor, tl.pointer_type(tl.float32), ALIGNED)
-    p_u = address(p_table + WIDTH, i_tensor, tl.pointer_type(kind), ALIGNED)
+    p_u = address(p_table + WIDTH, i_tensor, tl.pointer_type(KIND), ALIGNED)
     o = i_block * BLOCK + tl.arange(0, BLOCK)
     mask = o < size
     b_p = tl.load(p_p + o, mask=mask, other=0.0, eviction_policy="evict_first")
@@ -82,10 +88,11 @@ def apply_kernel(
     tl.store(p_p + o, b_p, mask=mask, eviction_policy="evict_first")
 
 
-@triton.jit(do_not_specialize=["alpha", "beta"])
+@triton.jit(do_not_specialize=["alpha", "beta", "diagonal"])
 def symmetric_matmul_kernel(
-    # read: [N, R, C] in any strides, symmetric [N, R, R]; written: [N, R, R]
+    # read: two [N, R, C] in any strides, symmetric [N, R, R]; written: [N, R, R]
     p_x,
+    p_other,
     p_add,
     p_y,
     # sizes
@@ -95,18 +102,23 @@ def symmetric_matmul_kernel(
     s_n,
     s_r,
     s_c,
+    s_on,
+    s_or,
+    s_oc,
     # options
     alpha,
     beta,
+    diagonal,
     ADD: tl.constexpr,
+    DIAGONAL: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     B: tl.constexpr,
     BK: tl.constexpr,
 ):
     """EVEN: R is a multiple of B, C of BK. A program above the diagonal has nothing to do; one
-    below writes its tile and the mirror image. Tiles on it are symmetric as they come: elements
-    and their images are sums of the same products in the same order."""
+    below writes its tile and the mirror image. Tiles on it are symmetric as they come where other
+    is x: elements and their images are sums of the same products in the same order."""
     n_tile = tl.cdiv(R, B)
     i_row = tl.program_id(0) // n_tile
     i_col = tl.program_id(0) % n_tile
@@ -114,11 +126,12 @@ def symmetric_matmul_kernel(
         return
     i_n = tl.program_id(1).to(tl.int64)
     p_x += i_n * s_n
+    p_other += i_n * s_on
     o_row = i_row * B + tl.arange(0, B)
     o_col = i_col * B + tl.arange(0, B)
     o_k = tl.arange(0, BK)
     p_a = p_x + o_row.to(tl.int64)[:, None] * s_r + o_k.to(tl.int64)[None, :] * s_c  # [B, BK]
-    p_b = p_x + o_col.to(tl.int64)[None, :] * s_r + o_k.to(tl.int64)[:, None] * s_c  # [BK, B]
+    p_b = p_other + o_col.to(tl.int64)[None, :] * s_or + o_k.to(tl.int64)[:, None] * s_oc  # [BK, B]
     b_y = tl.zeros((B, B), tl.float32)
     for k in range(0, C, BK):
         if EVEN:
@@ -130,7 +143,7 @@ def symmetric_matmul_kernel(
             b_b = tl.load(p_b, mask=(o_col < R)[None, :] & m_k[:, None], other=0.0)
         b_y = tl.dot(b_a, b_b, b_y, input_precision=PRECISION)
         p_a += BK * s_c
-        p_b += BK * s_c
+        p_b += BK * s_oc
     b_y *= alpha
     plane = i_n * R * R
     o_y = o_row.to(tl.int64)[:, None] * R + o_col[None, :]  # [row, col]
@@ -139,6 +152,8 @@ def symmetric_matmul_kernel(
         p_b_add = p_add + plane + o_y
         b_add = tl.load(p_b_add) if EVEN else tl.load(p_b_add, mask=mask, other=0.0)
         b_y += beta * b_add.to(tl.float32)
+    if DIAGONAL:
+        b_y += tl.where(o_row[:, None] == o_col[None, :], diagonal, 0.0)
     b_y = b_y.to(p_y.dtype.element_ty)
     if EVEN:
         tl.store(p_y + plane + o_y, b_y)

@@ -17,6 +17,7 @@ BACKENDS = ("triton", "reference")
 Launch = dict[str, int]
 LISTED = ("BLOCK", "num_warps")
 TILED = ("B", "BK", "num_warps", "num_stages")
+UPDATES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def momentum_step(
@@ -81,8 +82,8 @@ def select_backend(
     why_not = triton_backend.unavailable(device)
     if why_not is None and dtypes != {torch.float32}:
         why_not = f"they take float32, not {', '.join(sorted(map(str, dtypes)))}"
-    if why_not is None and update not in (torch.float32, torch.bfloat16):
-        why_not = f"updates are float32 or bfloat16, not {update}"
+    if why_not is None and update not in UPDATES:
+        why_not = f"updates are one of {', '.join(map(str, UPDATES))}, not {update}"
     return triton_backend.select(operation, requested, device, why_not, "reference")
 
 
@@ -98,7 +99,7 @@ def momentum_triton(
     config: list[int],
 ) -> None:
     """One launch. config: LISTED, or empty."""
-    from llmtrain_kernels.muon.kernels import momentum_kernel
+    from llmtrain_kernels.muon.kernels import KINDS, momentum_kernel
 
     size = sum(z.numel() for z in momenta)
     pinned = dict(zip(LISTED, config)) or launch("muon_momentum", momenta[0].device, size)
@@ -114,7 +115,7 @@ def momentum_triton(
                 NESTEROV=nesterov,
                 SCALED=grad_scale is not None,
                 SKIPS=found_inf is not None,
-                HALF=updates[0].dtype == torch.bfloat16,
+                KIND=KINDS[updates[0].dtype],
                 ALIGNED=found.aligned,
                 WIDTH=found.width,
                 **pinned,
@@ -138,8 +139,8 @@ def apply_updates(
 ) -> None:
     """p = (1 - decay) p - rate u, in place; nothing where found_inf is 1, where u must be zero.
 
-    Lists of equally many contiguous tensors of equal sizes; parameters float32 and updates float32
-    or bfloat16 for triton. backend: auto | triton | reference.
+    Lists of equally many contiguous tensors of equal sizes; parameters float32 and updates float32,
+    bfloat16 or float16 for triton. backend: auto | triton | reference.
     """
     check_backend("apply_updates", backend, BACKENDS)
     if not parameters:
@@ -167,7 +168,7 @@ def apply_triton(
     config: list[int],
 ) -> None:
     """One launch. config: LISTED, or empty."""
-    from llmtrain_kernels.muon.kernels import apply_kernel
+    from llmtrain_kernels.muon.kernels import KINDS, apply_kernel
 
     size = sum(z.numel() for z in parameters)
     pinned = dict(zip(LISTED, config)) or launch("muon_apply", parameters[0].device, size)
@@ -180,7 +181,7 @@ def apply_triton(
                 rate,
                 decay,
                 SKIPS=found_inf is not None,
-                HALF=updates[0].dtype == torch.bfloat16,
+                KIND=KINDS[updates[0].dtype],
                 ALIGNED=found.aligned,
                 WIDTH=found.width,
                 **pinned,
@@ -194,21 +195,31 @@ def _(*arguments: object) -> None:
 
 def symmetric_matmul(
     x_NRC: Tensor,
+    other_NRC: Tensor | None = None,
     add_NRR: Tensor | None = None,
     *,
     alpha: float = 1.0,
     beta: float = 1.0,
+    diagonal: float = 0.0,
     backend: str = "auto",
     config: Launch | None = None,
 ) -> Tensor:
-    """alpha x x^T + beta add of every matrix, [N, R, R] in x's dtype, symmetric to the bit.
+    """alpha x other^T + beta add + diagonal I of every matrix, [N, R, R] in x's dtype.
 
-    x_NRC: in any strides, so that a transposed view costs no copy. add_NRR: symmetric, contiguous.
-    Accumulates in float32. backend: auto | triton (bfloat16 and float16; half of the products) |
-    reference. ValueError for shapes that do not fit.
+    other_NRC: None for x itself, which gives a result symmetric to the bit; else one with which the
+    product is symmetric but for rounding, as that of two polynomials of one symmetric matrix is.
+    x and other in any strides, so that a transposed view costs no copy. add_NRR: symmetric,
+    contiguous. Accumulates in float32. backend: auto | triton (bfloat16 and float16; half of the
+    products: of the tiles above the diagonal none) | reference. ValueError for shapes that do not
+    fit.
     """
     check_backend("symmetric_matmul", backend, BACKENDS)
     n, rows, _ = x_NRC.shape
+    if other_NRC is not None and (other_NRC.shape, other_NRC.dtype) != (x_NRC.shape, x_NRC.dtype):
+        raise ValueError(
+            f"symmetric_matmul: got other {tuple(other_NRC.shape)} {other_NRC.dtype} for x "
+            f"{tuple(x_NRC.shape)} {x_NRC.dtype}, expected both alike"
+        )
     if add_NRR is not None and (add_NRR.shape != (n, rows, rows) or not add_NRR.is_contiguous()):
         raise ValueError(
             f"symmetric_matmul: got add {tuple(add_NRR.shape)} for x {tuple(x_NRC.shape)}, "
@@ -217,8 +228,10 @@ def symmetric_matmul(
     chosen = select_product("symmetric_matmul", backend, x_NRC.device.type, x_NRC.dtype)
     if chosen == "triton":
         pinned = [] if config is None else [config[key] for key in TILED]
-        return symmetric_triton(x_NRC, add_NRR, alpha, beta, pinned)
-    return reference.symmetric_matmul(x_NRC, add_NRR, alpha=alpha, beta=beta)
+        return symmetric_triton(x_NRC, other_NRC, add_NRR, alpha, beta, diagonal, pinned)
+    return reference.symmetric_matmul(
+        x_NRC, other_NRC, add_NRR, alpha=alpha, beta=beta, diagonal=diagonal
+    )
 
 
 @torch.compiler.assume_constant_result
@@ -233,12 +246,19 @@ def select_product(operation: str, requested: str, device: str, dtype: torch.dty
 
 @torch.library.custom_op("llmtrain::symmetric_matmul", mutates_args=())
 def symmetric_triton(
-    x_NRC: Tensor, add_NRR: Tensor | None, alpha: float, beta: float, config: list[int]
+    x_NRC: Tensor,
+    other_NRC: Tensor | None,
+    add_NRR: Tensor | None,
+    alpha: float,
+    beta: float,
+    diagonal: float,
+    config: list[int],
 ) -> Tensor:
     """One launch. config: TILED, or empty."""
     from llmtrain_kernels.muon.kernels import symmetric_matmul_kernel
 
     n, rows, cols = x_NRC.shape
+    other = x_NRC if other_NRC is None else other_NRC
     y_NRR = x_NRC.new_empty(n, rows, rows)
     pinned = dict(zip(TILED, config)) or launch("symmetric_matmul", x_NRC.device, rows)
     tiles = (-(-rows // pinned["B"])) ** 2
@@ -246,14 +266,18 @@ def symmetric_triton(
     with torch.cuda.device_of(x_NRC):
         symmetric_matmul_kernel[(tiles, n)](
             x_NRC,
+            other,
             y_NRR if add_NRR is None else add_NRR,
             y_NRR,
             rows,
             cols,
             *x_NRC.stride(),
+            *other.stride(),
             alpha,
             beta,
+            diagonal,
             ADD=add_NRR is not None,
+            DIAGONAL=diagonal != 0,
             EVEN=even,
             PRECISION="ieee" if x_NRC.dtype == torch.float32 else "tf32",
             **pinned,
@@ -262,7 +286,7 @@ def symmetric_triton(
 
 
 @symmetric_triton.register_fake
-def _(x_NRC, add_NRR, alpha, beta, config):
+def _(x_NRC, other_NRC, add_NRR, alpha, beta, diagonal, config):
     n, rows, _ = x_NRC.shape
     return x_NRC.new_empty(n, rows, rows)
 
@@ -277,10 +301,13 @@ def cost(count: int, *, update_bytes: int = 2) -> Cost:
     )
 
 
-def symmetric_cost(n: int, rows: int, cols: int, *, itemsize: int, add: bool = False) -> Cost:
+def symmetric_cost(
+    n: int, rows: int, cols: int, *, itemsize: int, other: bool = False, add: bool = False
+) -> Cost:
     """Of symmetric_matmul(): the products on and below the diagonal."""
+    factors = (2 if other else 1) * rows * cols
     return Cost(
         flops=float(n) * rows * (rows + 1) * cols,
-        bytes_read=float(n) * itemsize * (rows * cols + (rows * rows if add else 0)),
+        bytes_read=float(n) * itemsize * (factors + (rows * rows if add else 0)),
         bytes_written=float(n) * itemsize * rows * rows,
     )

@@ -58,10 +58,23 @@ def apply_updates(
 
 
 def symmetric_matmul(
-    x_NRC: Tensor, add_NRR: Tensor | None = None, *, alpha: float = 1.0, beta: float = 1.0
+    x_NRC: Tensor,
+    other_NRC: Tensor | None = None,
+    add_NRR: Tensor | None = None,
+    *,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    diagonal: float = 0.0,
 ) -> Tensor:
-    """alpha x x^T + beta add."""
-    if add_NRR is None:
-        product_NRR = x_NRC @ x_NRC.mT
-        return product_NRR if alpha == 1 else alpha * product_NRR
-    return torch.baddbmm(add_NRR, x_NRC, x_NRC.mT, beta=beta, alpha=alpha)
+    """alpha x other^T + beta add + diagonal I."""
+    factors = x_NRC, (x_NRC if other_NRC is None else other_NRC).mT
+    if add_NRR is not None:
+        product_NRR = torch.baddbmm(add_NRR, *factors, beta=beta, alpha=alpha)
+    elif alpha != 1:  # added to nothing: for the factor, in the product's own sums
+        nothing = x_NRC.new_empty(1, 1, 1).expand(len(x_NRC), x_NRC.shape[1], x_NRC.shape[1])
+        product_NRR = torch.baddbmm(nothing, *factors, beta=0, alpha=alpha)
+    else:
+        product_NRR = torch.bmm(*factors)
+    if diagonal != 0:
+        product_NRR.diagonal(dim1=1, dim2=2).add_(diagonal)
+    return product_NRR

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from llmtrain_kernels.muon import COEFFICIENTS, EPS
 from torch import Tensor, nn
 
 from llmtrain import build
@@ -23,7 +24,7 @@ from llmtrain.train.loop import train
 from llmtrain.train.matrices import Matrix, matrix_parameters
 from llmtrain.train.matrix_homes import Partition, Shared
 from llmtrain.train.muon import Muon
-from llmtrain.train.newton_schulz import COEFFICIENTS, EPS, orthogonalise
+from llmtrain.train.newton_schulz import orthogonalise
 from llmtrain.train.setup import Setup
 
 RANKS = (1, 2, 3)
@@ -167,7 +168,20 @@ def test_orthogonalise(monkeypatch):
     assert not zero.any()
 
 
-def pair(module: nn.Module, spec: Muon, *, bf16: bool = False):
+def test_orthogonalise_in_float16_of_any_size():
+    """Gradients far below and above what float16 holds: they are divided by their norms first."""
+    matrix = torch.randn(24, 40, generator=torch.Generator().manual_seed(0))
+    given = [(matrix * size).bfloat16() for size in (1e-30, 1e-6, 1.0, 1e15)]
+    for z in given[1:]:
+        (got,) = orthogonalise([z], steps=5, dtype=torch.float16)
+        assert got.dtype == torch.float16
+        expected = polynomial(z)
+        assert (got.double() - expected).norm() <= 4e-3 * expected.norm()
+    (tiny_one,) = orthogonalise(given[:1], steps=5, dtype=torch.float16)
+    assert tiny_one.isfinite().all()
+
+
+def pair(module: nn.Module, spec: Muon):
     """Torch's two optimizers on copies of the matrices and on the module's other parameters, as a
     function that takes the gradients of the module and makes a step of all its parameters."""
     cuts, groups = matrix_parameters(module), spec.groups(module)
@@ -199,8 +213,7 @@ def pair(module: nn.Module, spec: Muon, *, bf16: bool = False):
             for group in optimizer.param_groups:
                 group["lr"] = lr * ratio
         with pytest.MonkeyPatch.context() as patch:
-            if not bf16:  # torch's Muon would compute in bfloat16
-                patch.setattr(Tensor, "bfloat16", Tensor.clone)
+            patch.setattr(Tensor, "bfloat16", Tensor.clone)  # torch's Muon would compute in it
             muon.step()
         adamw.step()
         with torch.no_grad():
@@ -320,14 +333,15 @@ def gradients(module: nn.Module, step: int) -> None:
         ({"lr_scaling": "original"}, 1e-5),
         ({"nesterov": False}, 1e-5),
         ({"weight_decay": 0.0, "momentum": 0.0, "nesterov": False}, 1e-5),
-        ({"ns_dtype": "bf16"}, 2e-3),
+        ({"ns_dtype": "bf16"}, 1e-2),
+        ({"ns_dtype": "fp16"}, 2e-3),
     ],
 )
 def test_knobs_equal_torch(changed, tolerance):
     module, spec = tiny_muon.build(**changed)
     other, _ = tiny_muon.build()
     optimizer = spec.build(module)
-    step_both, _ = pair(other, spec, bf16=spec.ns_dtype == "bf16")
+    step_both, _ = pair(other, spec)
     for step in range(3):
         gradients(module, step)
         gradients(other, step)
@@ -382,7 +396,7 @@ def test_partition_exchanges_what_is_cut():
 
 def test_shares_cover_everything_once_and_evenly():
     matrices = [[Matrix(start=0, rows=r, cols=8)] for r in (8, 8, 7, 6, 5, 4, 4, 3, 2, 1)]
-    shares = Shared(matrices, 0, 3).shares
+    shares = Shared(matrices, 0, 3, steps=5).shares
     assert sorted(n for share in shares for n in share) == list(range(10))
     sizes = [sum(matrices[n][0].numel for n in share) for share in shares]
     assert max(sizes) <= 1.4 * min(sizes)
@@ -425,7 +439,7 @@ def test_groups_hold_every_parameter_once():
             {"lr_scaling": "rms"},
             r"lr_scaling: got 'rms', expected one of original, match_rms_adamw",
         ),
-        ({"ns_dtype": "fp16"}, r"ns_dtype: got 'fp16', expected one of auto, bf16, fp32"),
+        ({"ns_dtype": "fp8"}, r"ns_dtype: got 'fp8', expected one of auto, fp16, bf16, fp32"),
         ({"ns_steps": 0}, r"ns_steps: got 0, expected at least 1"),
         ({"momentum": 0.0}, r"nesterov: has no effect with momentum=0; set optimizer.nesterov"),
     ],
@@ -479,12 +493,12 @@ def test_elements_of_a_check_that_is_off(configure):
 
 @pytest.mark.gpu
 def test_steps_on_a_gpu_equal_torch():
-    """In bfloat16, with the clipping factor and the skip flag on the device."""
+    """In float16, with the clipping factor and the skip flag on the device."""
     module, spec = tiny_muon.build(ns_dtype="auto")
     other, _ = tiny_muon.build()
     module, other = module.cuda(), other.cuda()
     optimizer = spec.build(module)
-    step_both, _ = pair(other, spec, bf16=True)
+    step_both, _ = pair(other, spec)
     for step in range(4):
         skipped = step == 2
         for model, factor in ((module, 8.0), (other, 1.0)):
@@ -497,4 +511,4 @@ def test_steps_on_a_gpu_equal_torch():
         optimizer.step()
         if not skipped:
             step_both(1.0)
-    close(dict(module.named_parameters()), dict(other.named_parameters()), 5e-3)
+    close(dict(module.named_parameters()), dict(other.named_parameters()), 2e-3)

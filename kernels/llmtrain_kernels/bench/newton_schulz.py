@@ -23,6 +23,7 @@ def cases(quick: bool) -> list[Case]:
     shapes = [(2, 8, 12), (3, 12, 8)] if quick else SHAPES
     found = [iteration_case(*shape) for shape in shapes]
     found += [product_case(*shape) for shape in shapes]
+    found.append(commuting_case(*shapes[0][:2]))
     return [*found, element_case(1 << 10 if quick else 1 << 27)]
 
 
@@ -45,9 +46,14 @@ def iteration_case(n: int, rows: int, cols: int) -> Case:
 
         return lambda x: torch.stack([one(z, muon.COEFFICIENTS, STEPS, muon.EPS) for z in x])
 
-    def compiled() -> Call:
-        batched = torch.compile(muon.newton_schulz)
-        return lambda x: batched(x, STEPS, backend="reference")
+    def batched(x: Tensor) -> Tensor:
+        a, b, c = muon.COEFFICIENTS
+        x = x.mT if rows > cols else x
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=muon.EPS)
+        for _ in range(STEPS):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x.mT if rows > cols else x
 
     return Case(
         kernel="newton_schulz",
@@ -59,10 +65,8 @@ def iteration_case(n: int, rows: int, cols: int) -> Case:
         peers={
             "one by one": lambda: lambda x: muon.one_by_one(x, STEPS),
             "torch.optim.Muon's": torchs,
-            "batched, whole products": lambda: (
-                lambda x: muon.newton_schulz(x, STEPS, backend="reference")
-            ),
-            "the same, torch.compile": compiled,
+            "batched": lambda: batched,
+            "batched, torch.compile": lambda: torch.compile(batched),
         },
         backward=False,
     )
@@ -81,6 +85,27 @@ def product_case(n: int, rows: int, cols: int) -> Case:
         reference=lambda x: muon.symmetric_matmul(turned(x), backend="reference"),
         costs=(muon.symmetric_cost(n, short, long, itemsize=2), FREE),
         peers={"cuBLAS": lambda: lambda x: turned(x) @ turned(x).mT},
+        backward=False,
+    )
+
+
+def commuting_case(n: int, rows: int) -> Case:
+    """Two polynomials of one Gram matrix, here itself and its square, of norms near 1."""
+
+    def make(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+        x = matrices(n, rows, rows, device, torch.float32)
+        gram = x @ x.mT
+        gram = gram / gram.norm(dim=(1, 2), keepdim=True) * rows**0.5
+        return {"x": (gram @ gram).to(dtype), "y": gram.to(dtype)}
+
+    return Case(
+        kernel="symmetric_matmul",
+        shape=f"N{n} R{rows}, two factors",
+        make=make,
+        ours=lambda x, y: muon.symmetric_matmul(x, y),
+        reference=lambda x, y: muon.symmetric_matmul(x, y, backend="reference"),
+        costs=(muon.symmetric_cost(n, rows, rows, itemsize=2, other=True), FREE),
+        peers={"cuBLAS": lambda: lambda x, y: x @ y},
         backward=False,
     )
 

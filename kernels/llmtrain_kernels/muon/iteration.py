@@ -33,35 +33,30 @@ def newton_schulz(
     products. S is the smaller of R and C: tall matrices are multiplied from the right, where
     nothing needs to be transposed.
     """
-    a, b, c = COEFFICIENTS
     tall = x_NRC.shape[1] > x_NRC.shape[2]
     exact = torch.promote_types(x_NRC.dtype, torch.float32)
     norm_N11 = torch.linalg.vector_norm(x_NRC, dim=(1, 2), keepdim=True, dtype=exact)
     scaled_NRC = torch.empty_like(x_NRC, dtype=dtype or x_NRC.dtype)
     torch.mul(x_NRC, SCALE / norm_N11.clamp(min=EPS), out=scaled_NRC)
     x_NRC = scaled_NRC
-    lengths = group_lengths(steps)
-    for i, length in enumerate(lengths):
-        short = x_NRC.mT if tall else x_NRC
-        r_NSS = symmetric_matmul(short, alpha=1 / SCALE, backend=backend)
-        q_NSS = None
-        for step in range(length):
-            z_NSS = symmetric_matmul(
-                r_NSS,
-                add_NRR=r_NSS,
-                alpha=c / SCALE**2,
-                beta=b / SCALE,
-                diagonal=a,
-                backend=backend,
-            )
-            q_NSS = z_NSS if q_NSS is None else symmetric_matmul(z_NSS, q_NSS, backend=backend)
-            if step + 1 < length:
-                r_NSS = symmetric_matmul(z_NSS, r_NSS, backend=backend)
-                r_NSS = symmetric_matmul(z_NSS, r_NSS, backend=backend)
-        factors = (x_NRC, q_NSS) if tall else (q_NSS, x_NRC)
-        last = i + 1 == len(lengths)
-        x_NRC = torch.baddbmm(x_NRC, *factors, beta=0, alpha=1 / SCALE if last else 1.0)
-    return x_NRC
+    *others, last = group_lengths(steps)
+    for length in others:
+        x_NRC = torch.bmm(*factors(x_NRC, length, tall, backend))
+    return torch.baddbmm(x_NRC, *factors(x_NRC, last, tall, backend), beta=0, alpha=1 / SCALE)
+
+
+def factors(x_NRC: Tensor, steps: int, tall: bool, backend: str) -> tuple[Tensor, Tensor]:
+    """What X is after a group of steps, as the two factors of a product: Q and X, or X and Q."""
+    a, b, c = COEFFICIENTS
+    r_NSS = symmetric_matmul(x_NRC.mT if tall else x_NRC, alpha=1 / SCALE, backend=backend)
+    scales = {"alpha": c / SCALE**2, "beta": b / SCALE, "diagonal": a}
+    q_NSS = z_NSS = symmetric_matmul(r_NSS, add_NRR=r_NSS, **scales, backend=backend)
+    for _ in range(steps - 1):
+        for _ in range(2):
+            r_NSS = symmetric_matmul(z_NSS, r_NSS, backend=backend)
+        z_NSS = symmetric_matmul(r_NSS, add_NRR=r_NSS, **scales, backend=backend)
+        q_NSS = symmetric_matmul(z_NSS, q_NSS, backend=backend)
+    return (x_NRC, q_NSS) if tall else (q_NSS, x_NRC)
 
 
 def group_lengths(steps: int) -> list[int]:

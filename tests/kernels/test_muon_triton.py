@@ -10,6 +10,7 @@ from llmtrain_kernels.muon import (
     momentum_step,
     newton_schulz,
     one_by_one,
+    op,
     symmetric_matmul,
 )
 from offline import DEVICE, INTERPRETED, compile_for_hopper, hosts, run_in_interpreter, runs
@@ -17,7 +18,8 @@ from offline import DEVICE, INTERPRETED, compile_for_hopper, hosts, run_in_inter
 pytest.importorskip("triton")
 
 SMALL = {"BLOCK": 64, "num_warps": 4}
-TILES = {"B": 16, "BK": 16, "num_warps": 4, "num_stages": 2}
+TILES = {"B": 16, "BN": 16, "BK": 16, "num_warps": 4, "num_stages": 2}
+WIDE = TILES | {"BN": 32}
 LISTS = [[1], [64, 144], [5, 0, 130, 64, 3]]
 FLOAT32 = pytest.mark.skipif(not INTERPRETED, reason="on a GPU symmetric_matmul is of 16-bit tiles")
 BITS = 2**-7 if INTERPRETED else 2**-8  # of bfloat16; the interpreter cuts off instead of rounding
@@ -91,18 +93,19 @@ def test_a_skipped_step_changes_nothing():
 
 @runs
 @FLOAT32
+@pytest.mark.parametrize("tiles", [TILES, WIDE], ids=["square", "wide"])
 @pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize(("rows", "cols"), [(16, 32), (1, 5), (17, 16), (33, 70), (48, 16)])
-def test_symmetric_matmul_is_the_reference_in_float64(rows, cols, turned):
+@pytest.mark.parametrize(("rows", "cols"), [(16, 32), (1, 5), (17, 16), (33, 70), (96, 16)])
+def test_symmetric_matmul_is_the_reference_in_float64(rows, cols, turned, tiles):
     """Whole and ragged tiles, transposed views, one row; nothing beyond the output is written."""
     x = draw(2, cols, rows).mT if turned else draw(2, rows, cols)
     expected = symmetric_matmul(x.double(), backend="reference")
-    gram = symmetric_matmul(x, backend="triton", config=TILES)
+    gram = symmetric_matmul(x, backend="triton", config=tiles)
     torch.testing.assert_close(gram.double(), expected, rtol=2e-6, atol=2e-5)
     assert torch.equal(gram, gram.mT)
     options = {"add_NRR": gram, "alpha": 0.3, "beta": -2.0, "diagonal": 50.0}
     expected = symmetric_matmul(gram.double(), **options | {"add_NRR": gram.double()})
-    got = symmetric_matmul(gram, **options, backend="triton", config=TILES)
+    got = symmetric_matmul(gram, **options, backend="triton", config=tiles)
     scale = expected.abs().max().item()
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-6 * scale)
     assert torch.equal(got, got.mT)
@@ -110,17 +113,18 @@ def test_symmetric_matmul_is_the_reference_in_float64(rows, cols, turned):
 
 @runs
 @FLOAT32
+@pytest.mark.parametrize("tiles", [TILES, WIDE], ids=["square", "wide"])
 @pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize(("rows", "cols"), [(16, 16), (5, 3), (17, 17), (48, 48), (33, 16)])
-def test_symmetric_matmul_of_two_factors(rows, cols, turned):
+@pytest.mark.parametrize(("rows", "cols"), [(16, 16), (5, 3), (17, 17), (96, 48), (33, 16)])
+def test_symmetric_matmul_of_two_factors(rows, cols, turned, tiles):
     """Of polynomials of one matrix the product; of any others a tile and its image, both as below
     the diagonal."""
     shape = (2, cols, rows) if turned else (2, rows, cols)
     x, other = (draw(*shape, seed=seed) for seed in (0, 1))
     x, other = (x.mT, other.mT) if turned else (x, other)
-    options = {"backend": "triton", "config": TILES}
+    options = {"backend": "triton", "config": tiles}
     product = x.double() @ other.double().mT
-    tile = torch.arange(rows, device=DEVICE) // TILES["B"]
+    tile = torch.arange(rows, device=DEVICE) // tiles["BN"]
     expected = torch.where(tile[:, None] >= tile[None, :], product, product.mT)
     got = symmetric_matmul(x, other, **options)
     torch.testing.assert_close(got.double(), expected, rtol=2e-6, atol=2e-5)
@@ -154,6 +158,16 @@ def test_symmetric_matmul_of_extreme_values():
     assert ((got - expected).abs() <= 1e-6 * size[:, :, None] * size[:, None] + 1e-38).all()
 
 
+@hosts
+def test_more_rows_than_offsets_reach(monkeypatch):
+    monkeypatch.setattr(op.triton_backend, "unavailable", lambda device, *dtypes: None)
+    known = ("symmetric_matmul", "triton", "cuda", torch.bfloat16)
+    assert op.select_product(*known, op.MOST_ROWS) == "triton"
+    with pytest.raises(ValueError, match=r"they take 46340 rows at most, not 46341; set backend"):
+        op.select_product(*known, op.MOST_ROWS + 1)
+    assert op.select_product(known[0], "auto", *known[2:], op.MOST_ROWS + 1) == "reference"
+
+
 @runs
 def test_operators_are_registered_soundly():
     g, m = lists([5, 9], 0, 1)
@@ -165,7 +179,7 @@ def test_operators_are_registered_soundly():
     torch.library.opcheck(operators.muon_apply_updates, (m, g, None, 0.1, 0.1, [64, 4]), **checks)
     x = draw(2, 5, 9)
     for other in (None, x + 1):
-        arguments = (x, other, None, 1.0, 1.0, 0.5, [16, 16, 4, 2])
+        arguments = (x, other, None, 1.0, 1.0, 0.5, [16, 32, 16, 4, 2])
         torch.library.opcheck(operators.symmetric_matmul, arguments, **checks)
 
 
@@ -281,13 +295,14 @@ def test_symmetric_matmul_compiled_for_hopper(device, even, inner, last):
     integers = dict.fromkeys(("R", "C", "s_n", "s_r", "s_c", "s_on", "s_or", "s_oc"), "i32")
     scalars = dict.fromkeys(("alpha", "beta", "diagonal"), "fp32")
     types = defaultdict(lambda: "*fp16", **scalars, **integers)
-    for entry in tables(device)["symmetric_matmul"]:
+    wide = {"B": 128, "BN": 256, "BK": 64, "num_warps": 8, "num_stages": 3}
+    for entry in (*tables(device)["symmetric_matmul"], wide):
         facts = compile_for_hopper(
             symmetric_matmul_kernel,
             types,
             {"ADD": last, "DIAGONAL": last, "EVEN": even, "PRECISION": "tf32"}
             | {f"s_{inner}": 1, f"s_o{inner}": 1}
-            | {key: entry[key] for key in ("B", "BK")},
+            | {key: entry[key] for key in ("B", "BN", "BK")},
             num_warps=entry["num_warps"],
             num_stages=entry["num_stages"],
             divisible=tuple(integers),

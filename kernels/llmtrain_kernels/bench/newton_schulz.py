@@ -156,9 +156,10 @@ def element_case(count: int) -> Case:
 def candidates() -> dict[str, list[dict[str, int]]]:
     blocks = [(b, w) for b in (1024, 2048, 4096, 8192) for w in (4, 8, 16)]
     lists = [{"BLOCK": b, "num_warps": w} for b, w in blocks if 4 <= b // w // 32 <= 32]
-    tiles = [(64, 64, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3)]
-    tiles += [(128, k, w, s) for k, s in ((32, 4), (64, 3), (64, 4), (128, 2)) for w in (4, 8)]
-    keys = ("B", "BK", "num_warps", "num_stages")
+    tiles = [(64, 64, 64, 4, 3), (64, 64, 64, 4, 4), (64, 64, 128, 4, 3)]
+    tiles += [(128, 128, k, w, s) for k, s in ((32, 4), (64, 3), (64, 4), (128, 2)) for w in (4, 8)]
+    tiles += [(64, 128, 64, 4, 4), (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 256, 32, 8, 4)]
+    keys = ("B", "BN", "BK", "num_warps", "num_stages")
     return {
         "muon_apply": lists,
         "muon_momentum": lists,

@@ -114,25 +114,29 @@ def symmetric_matmul_kernel(
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     B: tl.constexpr,
+    BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """EVEN: R is a multiple of B, C of BK. A program above the diagonal has nothing to do; one
-    below writes its tile and the mirror image. Tiles on it are symmetric as they come where other
-    is x: elements and their images are sums of the same products in the same order."""
-    n_tile = tl.cdiv(R, B)
+    """Tiles [B, BN], BN a multiple of B. EVEN: R is a multiple of BN, C of BK. A program whose tile
+    is above the diagonal has nothing to do; one below writes its tile and the mirror image. Tiles
+    that the diagonal crosses, together BN x BN, are symmetric as they come where other is x:
+    elements and their images are sums of the same products in the same order."""
+    n_tile = tl.cdiv(R, BN)
     i_row = tl.program_id(0) // n_tile
     i_col = tl.program_id(0) % n_tile
-    if i_row < i_col:
+    if (i_row + 1) * B <= i_col * BN:
         return
     i_n = tl.program_id(1).to(tl.int64)
     p_x += i_n * s_n
     p_other += i_n * s_on
     o_row = i_row * B + tl.arange(0, B)
-    o_col = i_col * B + tl.arange(0, B)
+    o_col = i_col * BN + tl.arange(0, BN)
     o_k = tl.arange(0, BK)
     p_a = p_x + o_row.to(tl.int64)[:, None] * s_r + o_k.to(tl.int64)[None, :] * s_c  # [B, BK]
-    p_b = p_other + o_col.to(tl.int64)[None, :] * s_or + o_k.to(tl.int64)[:, None] * s_oc  # [BK, B]
-    b_y = tl.zeros((B, B), tl.float32)
+    p_b = (
+        p_other + o_col.to(tl.int64)[None, :] * s_or + o_k.to(tl.int64)[:, None] * s_oc
+    )  # [BK, BN]
+    b_y = tl.zeros((B, BN), tl.float32)
     for k in range(0, C, BK):
         if EVEN:
             b_a = tl.load(p_a)
@@ -146,7 +150,8 @@ def symmetric_matmul_kernel(
         p_b += BK * s_oc
     b_y *= alpha
     plane = i_n * R * R
-    o_y = o_row.to(tl.int64)[:, None] * R + o_col[None, :]  # [row, col]
+    p_y += plane
+    o_y = o_row[:, None] * R + o_col[None, :]  # [row, col]
     mask = (o_row < R)[:, None] & (o_col < R)[None, :]
     if ADD:
         p_b_add = p_add + plane + o_y
@@ -156,13 +161,13 @@ def symmetric_matmul_kernel(
         b_y += tl.where(o_row[:, None] == o_col[None, :], diagonal, 0.0)
     b_y = b_y.to(p_y.dtype.element_ty)
     if EVEN:
-        tl.store(p_y + plane + o_y, b_y)
+        tl.store(p_y + o_y, b_y)
     else:
-        tl.store(p_y + plane + o_y, b_y, mask=mask)
-    if i_row > i_col:
-        o_y = o_col.to(tl.int64)[:, None] * R + o_row[None, :]  # [col, row]
-        mask = (o_row < R)[None, :] & (o_col < R)[:, None]
+        tl.store(p_y + o_y, b_y, mask=mask)
+    if i_row * B >= (i_col + 1) * BN:
+        o_image = o_col[:, None] * R + o_row[None, :]  # [col, row]
         if EVEN:
-            tl.store(p_y + plane + o_y, tl.trans(b_y))
+            tl.store(p_y + o_image, tl.trans(b_y))
         else:
-            tl.store(p_y + plane + o_y, tl.trans(b_y), mask=mask)
+            m_image = (o_row < R)[None, :] & (o_col < R)[:, None]
+            tl.store(p_y + o_image, tl.trans(b_y), mask=m_image)

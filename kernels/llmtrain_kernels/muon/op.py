@@ -16,8 +16,9 @@ from llmtrain_kernels.muon import reference
 BACKENDS = ("triton", "reference")
 Launch = dict[str, int]
 LISTED = ("BLOCK", "num_warps")
-TILED = ("B", "BK", "num_warps", "num_stages")
+TILED = ("B", "BN", "BK", "num_warps", "num_stages")
 UPDATES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_ROWS = 46340  # whose square is an int32
 
 
 def momentum_step(
@@ -210,7 +211,7 @@ def symmetric_matmul(
     product is symmetric but for rounding, as that of two polynomials of one symmetric matrix is.
     x and other in any strides, so that a transposed view costs no copy. add_NRR: symmetric,
     contiguous. Accumulates in float32. backend: auto | triton (bfloat16 and float16; half of the
-    products: of the tiles above the diagonal none) | reference. ValueError for shapes that do not
+    products: no tile above the diagonal) | reference. ValueError for shapes that do not
     fit.
     """
     check_backend("symmetric_matmul", backend, BACKENDS)
@@ -225,7 +226,7 @@ def symmetric_matmul(
             f"symmetric_matmul: got add {tuple(add_NRR.shape)} for x {tuple(x_NRC.shape)}, "
             "expected contiguous [N, R, R]; give one symmetric matrix for each of x"
         )
-    chosen = select_product("symmetric_matmul", backend, x_NRC.device.type, x_NRC.dtype)
+    chosen = select_product("symmetric_matmul", backend, x_NRC.device.type, x_NRC.dtype, rows)
     if chosen == "triton":
         pinned = [] if config is None else [config[key] for key in TILED]
         return symmetric_triton(x_NRC, other_NRC, add_NRR, alpha, beta, diagonal, pinned)
@@ -235,12 +236,17 @@ def symmetric_matmul(
 
 
 @torch.compiler.assume_constant_result
-def select_product(operation: str, requested: str, device: str, dtype: torch.dtype) -> str:
+def select_product(
+    operation: str, requested: str, device: str, dtype: torch.dtype, rows: int
+) -> str:
+    """The backend that runs; plain values in and out. ValueError when triton cannot run."""
     why_not = triton_backend.unavailable(device, dtype)
     if why_not is None and dtype == torch.float32 and not triton_backend.interpreted():
         if requested == "auto":  # what full precision is for: cuBLAS, without a warning
             return "reference"
         why_not = "they are for bfloat16 and float16, not float32"
+    if why_not is None and rows > MOST_ROWS:
+        why_not = f"they take {MOST_ROWS} rows at most, not {rows}"
     return triton_backend.select(operation, requested, device, why_not, "reference")
 
 
@@ -261,8 +267,8 @@ def symmetric_triton(
     other = x_NRC if other_NRC is None else other_NRC
     y_NRR = x_NRC.new_empty(n, rows, rows)
     pinned = dict(zip(TILED, config)) or launch("symmetric_matmul", x_NRC.device, rows)
-    tiles = (-(-rows // pinned["B"])) ** 2
-    even = not (rows % pinned["B"] or cols % pinned["BK"])
+    tiles = -(-rows // pinned["B"]) * -(-rows // pinned["BN"])
+    even = not (rows % pinned["BN"] or cols % pinned["BK"])
     with torch.cuda.device_of(x_NRC):
         symmetric_matmul_kernel[(tiles, n)](
             x_NRC,

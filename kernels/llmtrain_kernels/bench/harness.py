@@ -36,12 +36,13 @@ def run(case: Case, device: torch.device, dtype: torch.dtype, floor: Floor) -> d
     implementations: dict[str, Callable[[], Call]] = {"ours": lambda: case.ours, **case.peers}
     rows = {}
     for name, load in implementations.items():
+        clear(inputs, device)  # before the first too: exact() leaves gigabytes in the cache
         try:
             rows[name] = measure(case, load(), inputs, upstream, expected, device)
         except FAILURES as error:
             lines = str(error).strip().splitlines() or [""]
             rows[name] = {"error": f"{type(error).__name__}: {lines[0][:200]}"}
-        clear(inputs, device)
+    clear(inputs, device)
     forward, backward = case.costs
     both = (forward, backward) if case.backward else (forward,)
     return {

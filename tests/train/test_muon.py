@@ -292,6 +292,19 @@ def test_steps_equal_torch(outputs, reference, stage, ranks):
 
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("stage", worker.STAGES)
+def test_float16_is_the_same_at_all_stages_and_ranks(outputs, stage, ranks):
+    """And near to the same steps in float32; the check of the first update passes."""
+    found = dumps.whole(outputs[ranks], f"float16-{stage}")
+    close(found, dumps.whole(outputs[1], "float16-0"), 2e-3)
+    saved = dumps.whole(outputs[ranks], f"stage{stage}-saved")  # after as many steps
+    assert worker.FLOAT16_STEPS == worker.SAVE_AT
+    weights = [key for key in found if key[0] == "param"]
+    close({k: found[k] for k in weights}, {k: saved[k] for k in weights}, 1e-2)
+    assert any(not torch.equal(found[k], saved[k]) for k in weights)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("stage", worker.STAGES)
 def test_skipped_step_changes_nothing_and_resume_is_bit_for_bit(outputs, stage, ranks):
     folder, name = outputs[ranks], f"stage{stage}"
     before, after = (dumps.whole(folder, f"{name}-{when}-bad") for when in ("before", "after"))

@@ -27,12 +27,13 @@ from llmtrain.train.matrix_homes import Whole
 from llmtrain.train.truth import OptimizerCheck, WrongUpdate
 
 ROWS, STEPS, SAVE_AT, BAD_STEP, CLIP = 12, 5, 2, 3, 0.05
+FLOAT16_STEPS = 2
 STAGES = ("0", "1", "2overlap")
 CROSSINGS = (("1", "0"), ("0", "2overlap"), ("2overlap", "1"))
 
 
-def make(stage: str, world: World, seed: int) -> Engine:
-    module, knobs = tiny_muon.build(seed)
+def make(stage: str, world: World, seed: int, **changed: object) -> Engine:
+    module, knobs = tiny_muon.build(seed, **changed)
     check = OptimizerCheck(knobs, module, elements=300_000, world=world, device=torch.device("cpu"))
     return Engine(
         module,
@@ -113,6 +114,16 @@ def main() -> None:
             engine.close()
 
     flat_shapes(world, out)
+    in_float16(world, out)
+
+
+def in_float16(world: World, out: Path) -> None:
+    """As on a GPU: what ranks exchange is in bfloat16, results are in float16."""
+    for stage in STAGES:
+        engine = make(stage, world, seed=0, ns_dtype="fp16")
+        run_steps(engine, range(FLOAT16_STEPS))
+        engine_worker.dump(engine, out / f"float16-{stage}")
+        engine.close()
 
 
 def flat_shapes(world: World, out: Path) -> None:

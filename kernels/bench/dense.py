@@ -1,7 +1,8 @@
 """Kernels that every architecture shares, beside their peers, in one run on one device.
 
     python kernels/bench/dense.py --out results/<name>        (minutes, one GPU)
-    python kernels/bench/dense.py --only norm swiglu --no-peers
+    python kernels/bench/dense.py --only norm glu --no-peers
+    python kernels/bench/dense.py --only attention --shapes T16384 documents
 
 Writes kernels.json, the rows, and machine.json, the device and what it allows, into --out.
 
@@ -33,6 +34,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--only", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--shapes", nargs="+", default=[""], help="parts of their names; any of them")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--budget", type=float, default=500.0, help="start no case after, seconds")
@@ -47,6 +49,8 @@ def main() -> int:
     facts = {"device": name, "torch": torch.__version__, "dtype": str(dtype), **vars(floor)}
     for kernel in options.only:
         for case in importlib.import_module(f"llmtrain_kernels.bench.{kernel}").cases(not cuda):
+            if not any(part in case.shape for part in options.shapes):
+                continue
             if time.monotonic() - began > options.budget:
                 print(f"left out, no time: {case.kernel} {case.shape}", flush=True)
                 continue

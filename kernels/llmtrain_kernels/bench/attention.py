@@ -123,9 +123,11 @@ def auto(
     cu_seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
+    """As the trainer calls it: auto takes other kernels where no gradient is asked for."""
     longest = None if cu_seqlens is None else tokens
     packed = {"doc_ids_BT": doc_ids_BT, "cu_seqlens": cu_seqlens, "max_seqlen": longest}
-    return attention(q, k, v, **packed, backend=backend)
+    with torch.enable_grad():
+        return attention(q, k, v, **packed, backend=backend)
 
 
 def exact(

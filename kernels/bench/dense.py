@@ -34,7 +34,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--only", nargs="+", choices=KERNELS, default=list(KERNELS))
-    parser.add_argument("--shapes", nargs="+", default=[""], help="parts of their names; any of them")
+    parser.add_argument("--shapes", nargs="+", default=[""], help="parts of names")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--budget", type=float, default=500.0, help="start no case after, seconds")

@@ -71,7 +71,7 @@ class Products(torch.autograd.Function):
     ) -> Tensor:
         ctx.kept, ctx.dtype, ctx.backend = kept, x.dtype, backend_of(x)
         factors = kept["x"][0], kept["weight"][0]
-        return product(*factors, ctx.dtype, ctx.backend, fast=True)
+        return product(*factors, ctx.dtype, ctx.backend)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -22,10 +22,13 @@ MULTIPLE = 16
 CAPABILITY = (8, 9)  # Ada and Hopper are the first with float8 products
 
 
-def product(
-    a: Quantised, b: Quantised, dtype: torch.dtype, backend: str, *, fast: bool = False
-) -> Tensor:
-    """a_MK b_NK^T -> [M, N]. fast: accumulate in the tensor cores' own registers."""
+def product(a: Quantised, b: Quantised, dtype: torch.dtype, backend: str) -> Tensor:
+    """a_MK b_NK^T -> [M, N].
+
+    Sums leave the tensor cores' own registers, of some 14 bits, for float32 ones every few terms
+    (DeepSeek-AI 2024, arXiv:2412.19437, section 3.3.2). To leave them there (use_fast_accum) is no
+    faster on an H100: results/2026-11-23_dense_h100.
+    """
     if backend == "emulated":
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         a_MK, b_NK = (z.values.to(wide) * z.inverse.to(wide) for z in (a, b))
@@ -37,7 +40,7 @@ def product(
         scale_a=a.inverse,
         scale_b=b.inverse.t() if rowwise else b.inverse,
         out_dtype=torch.bfloat16 if rowwise else dtype,  # rowwise kernels know no other
-        use_fast_accum=fast,
+        use_fast_accum=False,
     )
     return made.to(dtype)
 
@@ -62,7 +65,7 @@ def forward(
         x, kept = both_layouts(x_ND, E4M3, scaling, fused=backend == "scaled_mm")
     else:
         x, kept = quantise(x_ND, E4M3, scaling), nothing(x_ND)
-    y_NF = product(x, Quantised(w8_FD, w8_inverse), x_ND.dtype, backend, fast=True)
+    y_NF = product(x, Quantised(w8_FD, w8_inverse), x_ND.dtype, backend)
     return y_NF, *kept
 
 

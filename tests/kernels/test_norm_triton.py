@@ -321,11 +321,11 @@ ENTRIES = [
 ]
 
 
-def compiled(name, width, form):
+def compiled(name, width, form, config=None):
     """Facts of a table's kernel for contiguous bfloat16 rows of that width and float32 gains."""
     from llmtrain_kernels.norm import kernels
 
-    config = pinned(name, "h100", width)
+    config = config or pinned(name, "h100", width)
     tiled, backward = fused.tile(width, config), name.endswith("bwd")
     given = dict.fromkeys(("p_x", "p_y", "p_dy", "p_dx"), "*bf16")
     if "add" in form:
@@ -343,7 +343,8 @@ def compiled(name, width, form):
     constants = {n: None for n in names if n.startswith("p_") and n not in given}
     constants |= {"inner": 1, "G": 1, "W": width, **dict.fromkeys(("ZERO_CENTERED", "SAVE"), True)}
     constants |= {"CENTERED": "layer" in form, "GATE_FIRST": form == "gate_first"}
-    constants |= {"SIGMOID": "sigmoid" in form, **fused.backward_options(tiled)}
+    constants |= {"SIGMOID": "sigmoid" in form, "HOLD": config["programs"] > 0}
+    constants |= fused.backward_options(tiled) if backward else {}
     constants |= {key: value for key, value in tiled.items() if key != "num_warps"}
     warps = {"num_warps": tiled["num_warps"], "num_stages": tiled["STAGES"]}
     constants = {n: value for n, value in constants.items() if n in names}
@@ -361,6 +362,20 @@ def test_registers_suffice(name, width):
         assert facts.spilled == 0 or (width == fused.WIDEST and name.endswith("bwd")), form
         moved = re.findall(r"(?:cp\.async\.cg|(?:ld|st)\.global\S*\.v4)", facts.ptx)
         assert len(moved) >= 2 * config["rows"] * width / 8 / (32 * config["num_warps"]), form
+
+
+@hosts
+@pytest.mark.parametrize("form", ["rms", "layer_bias", "gate_first"])
+def test_rows_do_not_wait_for_gains(form):
+    """A program of one row asks for it first, and gains come in its layout: of shared memory there
+    is no more than a sum a warp."""
+    name = {"rms": "norm_fwd", "layer_bias": "layer_norm_fwd", "gate_first": "gated_norm_fwd"}[form]
+    config = {"rows": 1, "programs": 0, "num_warps": 4, "num_stages": 1}
+    facts, _ = compiled(name, 4096, form, config)
+    reads = re.findall(r"ld\.global\S*(evict_\w+)", facts.ptx)
+    assert set(reads) == {"evict_first", "evict_last"}
+    assert reads == sorted(reads)
+    assert facts.shared == 4 * config["num_warps"]
 
 
 @hosts

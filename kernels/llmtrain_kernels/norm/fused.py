@@ -71,6 +71,7 @@ def launch_forward(
             GATE_FIRST=gate_first,
             SIGMOID=sigmoid,
             SAVE=save,
+            HOLD=config["programs"] > 0,
             **tile(group_width, config, x, residual, gate),
         )
     return y, h, mean, rstd

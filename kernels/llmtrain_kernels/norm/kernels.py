@@ -8,8 +8,10 @@ a copy would. What its code is laid out for:
   next is on its way while a tile is worked on: STAGES - 2 tiles a program (Triton asks for a tile
   at the end of a step, so that two stages are no better than one), and several programs on a
   processor.
-- Gains are read once a program, and stay where they are near (evict_last); rows go by
-  (evict_first).
+- Gains stay where they are near (evict_last); rows go by (evict_first). A program reads gains once,
+  and, if it has a single tile, after it has asked for the rows: no load waits for another.
+- What limits narrow rows with gates is instructions: exp2 and rsqrt are one each, where exp, a
+  division and 1 / sqrt take care of numbers that are not normal, which these sums are not.
 - Gradients of gains and offsets: a sum over the rows of a program, in its registers, and one line
   of partial sums a program, which norm_sum_kernel adds in order: no atomics, bitwise repeatable.
 - Rows of several groups with gains of their own (G > 1): a program works for one of the groups.
@@ -24,6 +26,7 @@ import triton.language as tl
 
 # Of gates before their activation, as in reference.py.
 GATE_LIMIT = tl.constexpr(1e4)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -39,19 +42,35 @@ def read_once(p, mask):
 
 
 @triton.jit
-def read_gain(p_weight, o_col, mask, ZERO_CENTERED: tl.constexpr):
-    b_gain = tl.load(p_weight + o_col, mask=mask, other=0.0, eviction_policy="evict_last")
-    b_gain = b_gain.to(tl.float32)
+def read_near(p, o_col, mask, ROWS: tl.constexpr):
+    """Gains or offsets, [1, BLOCK]. Those of a single row are read in its shape: a thread has the
+    columns that it has of the row, so that none are exchanged."""
+    if ROWS == 1:
+        o_col, mask = o_col[None, :], mask[None, :]
+    b_near = tl.load(p + o_col, mask=mask, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    return b_near if ROWS == 1 else b_near[None, :]
+
+
+@triton.jit
+def read_gain(p_weight, o_col, mask, ZERO_CENTERED: tl.constexpr, ROWS: tl.constexpr):
+    b_gain = read_near(p_weight, o_col, mask, ROWS)
     if ZERO_CENTERED:
         b_gain += 1.0
-    return b_gain[None, :]
+    return b_gain
+
+
+@triton.jit
+def add_both(b_a, b_b, b_c, b_d):
+    """Of two sums in one walk over the threads."""
+    return b_a + b_c, b_b + b_d
 
 
 @triton.jit
 def activation(b_z, SIGMOID: tl.constexpr):
     """(silu(z) or sigmoid(z), its slope), with z clamped."""
     b_in = tl.minimum(tl.maximum(b_z, -GATE_LIMIT), GATE_LIMIT)
-    b_sigmoid = 1 / (1 + tl.exp(-b_in))
+    b_root = tl.rsqrt(1 + tl.exp2(b_in * -LOG2_E))
+    b_sigmoid = b_root * b_root
     if SIGMOID:
         b_value = b_sigmoid
         b_slope = b_sigmoid * (1 - b_sigmoid)
@@ -97,14 +116,16 @@ def norm_fwd_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    HOLD: tl.constexpr,  # gains are read before the first tile, else for every tile
 ):
     i_group = tl.program_id(1)
     i_col = tl.arange(0, BLOCK)
     m_col = i_col < W
     o_col = i_group * W + i_col
-    b_gain = read_gain(p_weight, o_col, m_col, ZERO_CENTERED)  # [1, BLOCK]
-    if p_bias is not None:
-        b_bias = tl.load(p_bias + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
+    if HOLD:
+        b_gain = read_gain(p_weight, o_col, m_col, ZERO_CENTERED, ROWS)  # [1, BLOCK]
+        if p_bias is not None:
+            b_bias = read_near(p_bias, o_col, m_col, ROWS)
     tiles = tl.cdiv(rows, ROWS)
     for i_tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
         i_row = i_tile * ROWS + tl.arange(0, ROWS)
@@ -114,17 +135,25 @@ def norm_fwd_kernel(
         b_x = read_once(p_x + row_offset(i_row, inner, x_outer, x_inner) + o_col[None, :], mask)
         if p_residual is not None:
             o_residual = row_offset(i_row, inner, residual_outer, residual_inner)
-            b_x = b_x + read_once(p_residual + o_residual + o_col[None, :], mask)
-            tl.store(p_h + o_out, b_x.to(p_h.dtype.element_ty), mask=mask)  # the norm is of b_x
+            b_residual = read_once(p_residual + o_residual + o_col[None, :], mask)
         if p_gate is not None:
             o_gate = row_offset(i_row, inner, gate_outer, gate_inner)
-            b_gate, _ = activation(read_once(p_gate + o_gate + o_col[None, :], mask), SIGMOID)
+            b_z = read_once(p_gate + o_gate + o_col[None, :], mask)
+        if not HOLD:
+            b_gain = read_gain(p_weight, o_col, m_col, ZERO_CENTERED, ROWS)
+            if p_bias is not None:
+                b_bias = read_near(p_bias, o_col, m_col, ROWS)
+        if p_residual is not None:
+            b_x = b_x + b_residual
+            tl.store(p_h + o_out, b_x.to(p_h.dtype.element_ty), mask=mask)  # the norm is of b_x
+        if p_gate is not None:
+            b_gate, _ = activation(b_z, SIGMOID)
             if GATE_FIRST:
                 b_x = b_x * b_gate
         if CENTERED:
-            b_mean = tl.sum(b_x, 1) / W
-            b_x = tl.where(mask, b_x - b_mean[:, None], 0.0)
-        b_rstd = 1 / tl.sqrt(tl.sum(b_x * b_x, 1) / W + eps)
+            b_mean = tl.sum(b_x, 1) * (1 / W)
+            b_x = tl.where(m_col[None, :], b_x - b_mean[:, None], 0.0)
+        b_rstd = tl.rsqrt(tl.sum(b_x * b_x, 1) * (1 / W) + eps)
         if SAVE:
             o_row = i_row.to(tl.int64) * G + i_group
             tl.store(p_rstd + o_row, b_rstd, mask=m_row)
@@ -184,9 +213,9 @@ def norm_bwd_kernel(
     m_col = i_col < W
     o_col = i_group * W + i_col
     if HOLD:
-        b_gain = read_gain(p_weight, o_col, m_col, ZERO_CENTERED)  # [1, BLOCK]
+        b_gain = read_gain(p_weight, o_col, m_col, ZERO_CENTERED, ROWS)  # [1, BLOCK]
     if p_bias is not None:
-        b_bias = tl.load(p_bias + o_col, mask=m_col, other=0.0).to(tl.float32)[None, :]
+        b_bias = read_near(p_bias, o_col, m_col, ROWS)
         b_dbias = tl.zeros((1 if SUM_ROWS else ROWS, BLOCK), tl.float32)
     b_dgain = tl.zeros((1 if SUM_ROWS else ROWS, BLOCK), tl.float32)
     tiles = tl.cdiv(rows, ROWS)
@@ -211,10 +240,10 @@ def norm_bwd_kernel(
                 b_x = b_x * b_gate
         if CENTERED:
             b_mean = tl.load(p_mean + o_row, mask=m_row, other=0.0)[:, None]
-            b_x = tl.where(mask, b_x - b_mean, 0.0)
+            b_x = tl.where(m_col[None, :], b_x - b_mean, 0.0)
         b_x = b_x * b_rstd  # normalised
         if not HOLD:
-            b_gain = read_gain(p_weight, o_col, m_col, ZERO_CENTERED)
+            b_gain = read_gain(p_weight, o_col, m_col, ZERO_CENTERED, ROWS)
         if p_gate is not None and not GATE_FIRST:
             b_dz = b_x * b_gain
             if p_bias is not None:
@@ -229,11 +258,14 @@ def norm_bwd_kernel(
         if p_bias is not None:
             b_dbias += tl.sum(b_dy, 0, keep_dims=True) if SUM_ROWS else b_dy
         b_dx = b_dy * b_gain
-        b_along = tl.sum(b_dx * b_x, 1) / W
+        if CENTERED and HOLD:
+            b_along, b_common = tl.reduce((b_dx * b_x, b_dx), 1, add_both)
+        else:  # of the widest rows pairs would not stay in registers
+            b_along = tl.sum(b_dx * b_x, 1)
+            b_common = tl.sum(b_dx, 1)
         if CENTERED:
-            b_common = tl.sum(b_dx, 1) / W
-            b_dx = b_dx - b_common[:, None]
-        b_dx = (b_dx - b_x * b_along[:, None]) * b_rstd
+            b_dx = b_dx - b_common[:, None] * (1 / W)
+        b_dx = (b_dx - b_x * (b_along[:, None] * (1 / W))) * b_rstd
         if p_gate is not None and GATE_FIRST:
             tl.store(p_dgate + o_out, (b_dx * b_dz).to(p_dgate.dtype.element_ty), mask=mask)
             b_dx = b_dx * b_gate

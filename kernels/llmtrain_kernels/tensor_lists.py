@@ -30,8 +30,8 @@ class Table:
 
 def table(kinds: Sequence[Sequence[Tensor]], block: int) -> Table:
     """Of equally many tensors of each kind; sizes are those of the first kind. No waiting for the
-    device. Captured in a CUDA graph, entries are written one by one: a copy from the host would be
-    repeated from memory that is free by then. groups() makes such tables short."""
+    device. Captured in a CUDA graph, entries are arguments of launches, as many in one as fit: a
+    copy from the host would be repeated from memory that is free by then."""
     sizes = [z.numel() for z in kinds[0]]
     width = 1 << max(0, len(sizes) - 1).bit_length()
     addresses = [[z.data_ptr() for z in tensors] for tensors in kinds]
@@ -54,21 +54,17 @@ def table(kinds: Sequence[Sequence[Tensor]], block: int) -> Table:
 def on_device(entries: list[list[int]], device: torch.device) -> Tensor:
     """The entries as int64."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        made = torch.empty(len(entries), len(entries[0]), dtype=torch.int64, device=device)
-        for row, numbers in zip(made, entries):
-            for place, number in zip(row, numbers):
-                place.fill_(number)  # an argument of its launch
+        made = torch.zeros(len(entries), len(entries[0]), dtype=torch.int64, device=device)
+        torch._foreach_add_(list(made.view(-1).unbind()), [n for row in entries for n in row])
         return made
     host = torch.tensor(entries, dtype=torch.int64, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
 
 
 def groups(*kinds: Sequence[Tensor]) -> list[tuple[Sequence[Tensor], ...]]:
-    """The tensors launch by launch: all in one, but one by one while a CUDA graph is captured."""
+    """The tensors launch by launch."""
     count = len(kinds[0])
-    capturing = kinds[0][0].is_cuda and torch.cuda.is_current_stream_capturing()
-    size = 1 if capturing else LARGEST
-    return [tuple(kind[i : i + size] for kind in kinds) for i in range(0, count, size)]
+    return [tuple(kind[i : i + LARGEST] for kind in kinds) for i in range(0, count, LARGEST)]
 
 
 def check(operation: str, kinds: dict[str, Sequence[Tensor]], like: str) -> None:

@@ -168,6 +168,26 @@ def test_nothing_leaks_between_documents_nor_from_memory():
 
 
 @runs
+@pytest.mark.parametrize("config", [SMALL, {**SMALL, "rows": 8}])
+def test_documents_may_begin_anywhere(config):
+    """Row i's second document with token i, the third two later: within a span of 16 tokens, a
+    turn, and the tokens beyond a span that it reads."""
+    tokens = 24
+    x, weight, bias, _ = (z.float() for z in inputs(tokens, tokens, 6, 4))
+    dy, dlast = (random(tokens, n, 6, seed=7).float() for n in (tokens, 3))
+    starts = torch.eye(tokens, dtype=torch.int32) + torch.eye(tokens, dtype=torch.int32).roll(2, 1)
+    ids = starts.cumsum(dim=1, dtype=torch.int32).to(DEVICE)
+    leaves = [z.requires_grad_() for z in (x, weight, bias)]
+    expected = causal_conv(*leaves, doc_ids_BT=ids, return_state=True, backend="chunked")
+    gradients = torch.autograd.grad(expected, leaves, (dy, dlast))
+    given = (*(z.detach() for z in leaves), None, ids, True)
+    near = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(launch_forward(*given, True, config=config), expected, **near)
+    got = launch_backward(dy, dlast, *given, config=config)[:3]
+    torch.testing.assert_close(got, gradients, **near)
+
+
+@runs
 def test_inputs_of_any_size():
     values = torch.tensor([-3e38, -1e30, -100.0, 0.0, 1e-30, 100.0, 1e30, 3e38])
     pick = torch.randint(8, (1, 9, 6), generator=torch.Generator().manual_seed(0))

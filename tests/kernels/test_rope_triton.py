@@ -5,7 +5,7 @@ import pytest
 import torch
 from llmtrain_kernels import launch
 from llmtrain_kernels.rope import cost, rope
-from llmtrain_kernels.rope.fused import blocks, in_rows, run
+from llmtrain_kernels.rope.fused import Turned, in_rows, run, turned
 from offline import DEVICE, INTERPRETED, compile_for_hopper, hosts, run_in_interpreter, runs
 
 pytest.importorskip("triton")
@@ -82,21 +82,14 @@ def test_as_precise_as_the_reference_in_float32(shape, interleaved):
 
 @runs
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("config", [(1, 8, 1), (8, 2, 4), (16, 16, 2)])
+@pytest.mark.parametrize("config", [(1, 1), (8, 4), (64, 2)])
 def test_every_launch_gives_the_same(config):
-    """Pairs of a token and a head, heads, warps of a program."""
-    chosen = dict(zip(("rows", "heads", "num_warps"), config, strict=True), num_stages=1)
+    """Pairs of a token and a head, warps of a program: a part of a token, several, and all."""
+    chosen = dict(zip(("rows", "num_warps"), config, strict=True))
     tensors = [z.float() for z in inputs(2, 5, 6, 2, 16, 12, 4)]
     for inverse in (False, True):
         how = (False, 2, 0, inverse)
         torch.testing.assert_close(run(*tensors, *how, chosen), run(*tensors, *how))
-
-
-def test_blocks():
-    config = {"rows": 16, "heads": 8}
-    for heads, expected in ((1, (16, 1)), (3, (4, 4)), (8, (2, 8)), (12, (2, 8)), (128, (2, 8))):
-        assert blocks(config, heads) == expected
-    assert blocks({"rows": 4, "heads": 8}, 32) == (1, 4)
 
 
 @runs
@@ -176,6 +169,23 @@ def test_is_a_proper_operator():
 
 
 @runs
+@pytest.mark.usefixtures("poisoned")
+def test_operator_and_plain_call_are_one():
+    """Traced calls take the operator, others do without: the same results and gradients, also of
+    the gradients."""
+    q, k, cos, sin = (z.float() for z in inputs(2, 3, 4, 2, 8, 8, 3))
+    how = (cos, sin, True, 2, 0, False)
+    results = []
+    for turn in (turned, Turned.apply):
+        leaves = [z.detach().requires_grad_() for z in (q, k)]
+        made = turn(*leaves, *how)
+        upstream = [z.detach().requires_grad_() for z in made]
+        first = torch.autograd.grad(made, leaves, upstream, create_graph=True)
+        results.append([*made, *first, *torch.autograd.grad(first, upstream, leaves)])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@runs
 def test_compiles_as_one_graph():
     tensors = [z.float() for z in inputs(2, 3, 4, 2, 8, 8, 3)]
 
@@ -246,15 +256,13 @@ def test_registers_suffice(device, heads, groups, widths, half, start, interleav
     types = dict.fromkeys(("p_q", "p_k", "p_q_out", "p_k_out"), "*bf16")
     types |= {"p_cos": "*fp32", "p_sin": "*fp32", "T": "i32"} | dict.fromkeys(WIDE, "i32")
     config = launch.pinned("rope", device, half)
-    tokens, at_a_time = blocks(config, max(heads, groups))
     constants = {"H": heads, "G": groups, "Q_WIDTH": widths[0], "K_WIDTH": widths[1], "R": half}
     constants |= {"Q_START": start, "K_START": 0, "INTERLEAVED": interleaved, "INVERSE": True}
     facts = compile_for_hopper(
         rope_kernel,
         types,
-        {**constants, "TOKENS": tokens, "HEADS": at_a_time},
+        {**constants, "ROWS": config["rows"]},
         num_warps=config["num_warps"],
-        num_stages=config["num_stages"],
         divisible=WIDE,
     )
     assert facts.registers <= 80

@@ -149,30 +149,38 @@ def cases(quick: bool) -> list[Case]:
 
 
 def candidates() -> dict[str, list[dict[str, int]]]:
-    """Launches for the tuner: (rows of a tile, heads at a time, warps)."""
-    tiles = [(8, 8, 2), (8, 8, 4), (16, 8, 2), (16, 8, 4), (16, 16, 2), (16, 16, 4), (32, 8, 4)]
-    tiles += [(32, 8, 8), (32, 16, 4), (32, 16, 8), (32, 32, 4), (32, 32, 8), (64, 16, 4)]
-    tiles += [(64, 32, 8), (64, 16, 8), (128, 16, 4), (128, 16, 8)]
-    keys = ("rows", "heads", "num_warps")
-    return {"rope": [dict(zip(keys, tile, strict=True), num_stages=1) for tile in tiles]}
+    """Launches for the tuner: (pairs of a token and a head, warps). At R = 64, where 8 threads have
+    a pair, (8, 2) is one vector of each half a thread, (8, 1) two and (32, 2) four."""
+    tiles = [(8, 2), (16, 4), (32, 8), (8, 1), (16, 2), (32, 4), (64, 8), (4, 2), (8, 4), (16, 8)]
+    tiles += [(32, 2), (64, 4)]
+    keys = ("rows", "num_warps")
+    return {"rope": [dict(zip(keys, tile, strict=True)) for tile in tiles]}
 
 
 def tunings(
     device: torch.device,
 ) -> list[tuple[str, int, Callable[[Mapping[str, int]], object]]]:
-    """(kernel, size as launch() has it, what runs it with a candidate): one for each R."""
+    """(kernel, size as launch() has it, what runs it with a candidate): one for each R, which for
+    32 runs small heads and latent attention's, that have to agree."""
+    shapes = {
+        16: [(4, 4096, 32, 8, 128, 128, 0)],
+        64: [(4, 4096, 32, 8, 128, 128, 0)],
+        32: [(16, 1024, 12, 4, 64, 64, 0), (1, 4096, 128, 1, 192, 64, 128)],
+        128: [(4, 4096, 16, 4, 256, 256, 0)],
+    }
     found = []
-    chosen = [(4, 4096, 32, 8, 128, half) for half in (16, 64)]
-    chosen += [(16, 1024, 12, 4, 64, 32), (4, 4096, 16, 4, 256, 128)]
-    for batch, tokens, heads, groups, width, half in chosen:
-        q, k = (
-            torch.randn(batch, tokens, count, width, device=device, dtype=torch.bfloat16)
-            for count in (heads, groups)
-        )
-        cos, sin = angles(1, tokens, half, 1, device)
+    for half, several in shapes.items():
+        given = []
+        for batch, tokens, heads, groups, q_width, k_width, q_start in several:
+            q, k = (
+                torch.randn(batch, tokens, count, width, device=device, dtype=torch.bfloat16)
+                for count, width in ((heads, q_width), (groups, k_width))
+            )
+            cos, sin = angles(1, tokens, half, 1, device)
+            given.append((q, k, cos, sin, False, q_start, 0, False))
 
-        def turn(config: Mapping[str, int], tensors: tuple = (q, k, cos, sin)) -> object:
-            return run(*tensors, False, 0, 0, False, config)
+        def turn(config: Mapping[str, int], given: list[tuple] = given) -> object:
+            return [run(*tensors, config) for tensors in given]
 
         found.append(("rope", half, turn))
     return found

@@ -65,7 +65,7 @@ def launch_forward(
     with torch.cuda.device_of(x_BTD):
         causal_conv_fwd_kernel[(blocks * n_spans * batch,)](
             x_BTD,
-            weight_DW,
+            contiguous(weight_DW),
             contiguous(bias_D),
             state_BWD,
             doc_ids_BT,
@@ -78,7 +78,6 @@ def launch_forward(
             span,
             x_BTD.stride(0) // align,
             x_BTD.stride(1) // align,
-            *weight_DW.stride(),
             W=weight_DW.shape[1],
             SILU=silu,
             ALIGN=align,
@@ -109,8 +108,10 @@ def launch_backward(
     doc_ids_BT: Tensor | None,
     silu: bool,
     config: dict[str, int] | None = None,
+    sum_config: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dx_BTD, dweight_DW, dbias_D, dstate_BWD); the last two empty without bias and state."""
+    """(dx_BTD, dweight_DW, dbias_D, dstate_BWD); the last two empty without bias and state.
+    config, sum_config: of the two launches, None is pinned."""
     from llmtrain_kernels.causal_conv.kernels import causal_conv_bwd_kernel
 
     x_BTD, dy_BTD = row_major(x_BTD), row_major(dy_BTD)
@@ -131,7 +132,7 @@ def launch_backward(
             dy_BTD,
             dlast_BWD,
             x_BTD,
-            weight_DW,
+            contiguous(weight_DW),
             contiguous(bias_D),
             state_BWD,
             contiguous(doc_ids_BT),
@@ -147,13 +148,12 @@ def launch_backward(
             dy_BTD.stride(1) // align,
             x_BTD.stride(0) // align,
             x_BTD.stride(1) // align,
-            *weight_DW.stride(),
             W=window,
             SILU=silu,
             ALIGN=align,
             **meta(config, window),
         )
-    launch_sums(sums_NWD, dweight_DW, None if bias_D is None else dbias_D)
+    launch_sums(sums_NWD, dweight_DW, None if bias_D is None else dbias_D, sum_config)
     return gradients
 
 

@@ -9,8 +9,9 @@ channels side by side and exchange nothing.
   after it: sums of W - 1 tokens are pending in registers, and a span reads W - 1 rows beyond its
   end. What a span adds to the gradients of weight and bias is written in float32, and a second
   kernel sums it over spans: the order never changes.
-- Documents: ids never fall, so a turn whose first and last ids agree lies in one document and takes
-  the code without masks.
+- Documents: ids never fall, so a turn whose last id is that of the token before it begins none, and
+  takes the code without borders. At a border the inputs before it become zeros, and the pending
+  sums of dx are written, since nothing more comes to them.
 - D and the strides come in units of ALIGN elements: then the compiler knows that rows are aligned,
   whatever the numbers are.
 - Triton decides `is None` while it compiles, but not as a part of `and` and `or`: hence nested ifs.
@@ -21,14 +22,29 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+MINUS_LOG2E = tl.constexpr(-1.4426950408889634)
+
 
 @triton.jit
-def taps(p_weight, stride_d, stride_w, o_d, m_d, W: tl.constexpr):
-    """weight[:, k] of the channels, for k = 0 .. W - 1, in float32."""
+def taps(p_weight, o_d, m_d, W: tl.constexpr):
+    """weight[:, k] of the channels, for k = 0 .. W - 1, in float32. Each load touches as many lines
+    as there are threads: for programs that live long."""
     b_taps = ()
     for k in tl.static_range(W):
-        p_tap = p_weight + o_d * stride_d + k * stride_w
-        b_taps += (tl.load(p_tap, mask=m_d, other=0.0).to(tl.float32),)
+        b_taps += (tl.load(p_weight + o_d * W + k, mask=m_d, other=0.0).to(tl.float32),)
+    return b_taps
+
+
+@triton.jit
+def taps_at_once(p_weight, o_d, m_d, W: tl.constexpr):
+    """The same by one load of [BLOCK_D, W], a channel's taps side by side, which then change
+    threads: for programs of few tokens, where it is a part of their time."""
+    o_w = tl.arange(0, triton.next_power_of_2(W))[None, :]
+    mask = m_d[:, None] & (o_w < W)
+    b_weight = tl.load(p_weight + o_d[:, None] * W + o_w, mask=mask, other=0.0).to(tl.float32)
+    b_taps = ()
+    for k in tl.static_range(W):
+        b_taps += (tl.sum(tl.where(o_w == k, b_weight, 0.0), 1),)
     return b_taps
 
 
@@ -62,31 +78,28 @@ def rows_before(p_x, stride_t, p_state, t, D, o_d, m_d, W: tl.constexpr):
 
 
 @triton.jit
-def same_document(p_ids, t, back: tl.constexpr, T):
-    """Whether token t is in the document of the token `back` before it. True before the first,
-    where inputs are zeros, and from T on, where gradients are."""
-    here = tl.minimum(t, T - 1)
-    return tl.load(p_ids + here) == tl.load(p_ids + tl.maximum(here - back, 0))
+def id_at(p_ids, t, T):
+    """Of token t; before the first and from T on that of the nearest."""
+    return tl.load(p_ids + tl.minimum(tl.maximum(t, 0), T - 1))
 
 
 @triton.jit
-def one_document(p_ids, t, T, W: tl.constexpr, ROWS: tl.constexpr):
-    """Whether rows t .. t + ROWS - 1 and what they see are of one document."""
-    first = tl.load(p_ids + tl.maximum(t - (W - 1), 0))
-    return first == tl.load(p_ids + tl.minimum(t + ROWS - 1, T - 1))
-
-
-@triton.jit
-def in_document(b_before, p_ids, t, T, W: tl.constexpr, MASKED: tl.constexpr):
+def in_document(b_before, p_ids, t, T, W: tl.constexpr):
     """The rows before token t, zeros where they are of another document."""
-    if MASKED:
-        b_seen = ()
-        for k in tl.static_range(W - 1):
-            same = same_document(p_ids, t, W - 1 - k, T)
-            b_seen += (tl.where(same, b_before[k], 0.0),)
-        return b_seen
-    else:
-        return b_before
+    b_seen = ()
+    for k in tl.static_range(W - 1):
+        same = id_at(p_ids, t - (W - 1) + k, T) == id_at(p_ids, t, T)
+        b_seen += (tl.where(same, b_before[k], 0.0),)
+    return b_seen
+
+
+@triton.jit
+def zeros_if(begins, b_before, W: tl.constexpr):
+    """The rows before a token that begins a document are not its own."""
+    b_seen = ()
+    for k in tl.static_range(W - 1):
+        b_seen += (tl.where(begins, 0.0, b_before[k]),)
+    return b_seen
 
 
 @triton.jit
@@ -96,6 +109,14 @@ def weighted_sum(b_seen, b_x, b_taps, b_bias, W: tl.constexpr):
     for k in tl.static_range(W - 1):
         b_z += b_seen[k] * b_taps[k]
     return b_z
+
+
+@triton.jit
+def sigmoid(b_z):
+    """In half the instructions of tl.sigmoid, whose exponential and division care for numbers below
+    2^-126: here those are 0."""
+    b_root = tl.rsqrt(1 + tl.exp2(b_z * MINUS_LOG2E))
+    return b_root * b_root
 
 
 @triton.jit
@@ -114,24 +135,27 @@ def forward_rows(
     W: tl.constexpr,
     ROWS: tl.constexpr,
     SILU: tl.constexpr,
-    MASKED: tl.constexpr,
+    BORDERS: tl.constexpr,
 ):
-    """Writes y of ROWS tokens; gives the W - 1 inputs before the next."""
+    """Writes y of ROWS tokens, of which some begin documents if BORDERS; gives the W - 1 inputs
+    before the next."""
     for r in tl.static_range(ROWS):
         b_x = b_rows[r].to(tl.float32)
-        b_seen = in_document(b_before, p_ids, t + r, T, W, MASKED)
-        b_y = weighted_sum(b_seen, b_x, b_taps, b_bias, W)
+        if BORDERS:
+            begins = id_at(p_ids, t + r - 1, T) != id_at(p_ids, t + r, T)
+            b_before = zeros_if(begins, b_before, W)
+        b_y = weighted_sum(b_before, b_x, b_taps, b_bias, W)
         if SILU:
-            b_y = b_y / (1 + tl.exp(-b_y))
+            b_y *= sigmoid(b_y)
         tl.store(p_y + r * D + o_d, b_y.to(p_y.dtype.element_ty), mask=m_d & (t + r < T))
         b_before += (b_x,)
         b_before = b_before[1:]
     return b_before
 
 
-@triton.jit(do_not_specialize=["T", "N_D", "N_T", "D_UNITS", "SPAN", "x_b", "x_t", "w_d", "w_w"])
+@triton.jit(do_not_specialize=["T", "N_D", "N_T", "D_UNITS", "SPAN", "x_b", "x_t"])
 def causal_conv_fwd_kernel(
-    # read: [B, T, D] strided, [D, W] strided, [D], [B, W-1, D], [B, T]; the last three may be None
+    # read: [B, T, D] strided, [D, W], [D], [B, W-1, D], [B, T]; the last three may be None
     p_x,
     p_weight,
     p_bias,
@@ -149,8 +173,6 @@ def causal_conv_fwd_kernel(
     # strides, of x in units
     x_b,
     x_t,
-    w_d,
-    w_w,
     # options
     W: tl.constexpr,
     SILU: tl.constexpr,
@@ -173,24 +195,31 @@ def causal_conv_fwd_kernel(
     if p_state is not None:
         p_state += i_b * (W - 1) * D
 
-    b_taps = taps(p_weight, w_d, w_w, o_d, m_d, W)
+    b_taps = taps_at_once(p_weight, o_d, m_d, W)
     b_bias = tl.zeros((BLOCK_D,), tl.float32)
     if p_bias is not None:
         b_bias = tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_before = rows_before(p_x, stride_t, p_state, t0, D, o_d, m_d, W)
+    if p_ids is not None:
+        b_before = in_document(b_before, p_ids, t0, T, W)
+        id_before = id_at(p_ids, t0 - 1, T)
     p_rows = p_x + t0.to(tl.int64) * stride_t
     for t in tl.range(t0, tl.minimum(t0 + SPAN, T), ROWS, num_stages=STAGES):
         b_rows = load_rows(p_rows, stride_t, t, T, o_d, m_d, ROWS)
         at = (p_y, p_ids, t, T, D, o_d, m_d)
+        if p_ids is not None:
+            id_last = id_at(p_ids, t + ROWS - 1, T)
         if p_ids is None:  # noqa: SIM114
             b_before = forward_rows(b_before, b_rows, b_taps, b_bias, *at, W, ROWS, SILU, False)
-        elif one_document(p_ids, t, T, W, ROWS):
+        elif id_before == id_last:
             b_before = forward_rows(b_before, b_rows, b_taps, b_bias, *at, W, ROWS, SILU, False)
         else:  # seldom: row after row, so that it takes few registers
             for r in range(ROWS):
                 b_row = load_rows(p_rows + r * stride_t, stride_t, t + r, T, o_d, m_d, 1)
                 at = (p_y + r * D, p_ids, t + r, T, D, o_d, m_d)
                 b_before = forward_rows(b_before, b_row, b_taps, b_bias, *at, W, 1, SILU, True)
+        if p_ids is not None:
+            id_before = id_last
         p_rows += ROWS * stride_t
         p_y += ROWS * D
     if p_last is not None:  # noqa: SIM102
@@ -199,7 +228,7 @@ def causal_conv_fwd_kernel(
                 t = T - (W - 1) + k
                 b_x = input_row(p_x, stride_t, p_state, t, D, o_d, m_d, W)
                 if p_ids is not None:
-                    b_x = tl.where(same_document(p_ids, T - 1, W - 2 - k, T), b_x, 0.0)
+                    b_x = tl.where(id_at(p_ids, t, T) == id_at(p_ids, T - 1, T), b_x, 0.0)
                 tl.store(p_last + (i_b * (W - 1) + k) * D + o_d, b_x, mask=m_d)
 
 
@@ -211,44 +240,36 @@ def backward_row(
     b_dy,
     b_taps,
     b_bias,
-    p_ids,
-    t,
-    T,
     W: tl.constexpr,
     SILU: tl.constexpr,
-    MASKED: tl.constexpr,
 ):
-    """(g of token t, the inputs that it sees, sums of g times taps for tokens t - W + 1 .. t)."""
-    b_seen = in_document(b_before, p_ids, t, T, W, MASKED)
+    """(g of a token, sums of g times taps for the W tokens up to it)."""
     b_g = b_dy.to(tl.float32)
     if SILU:
-        b_z = weighted_sum(b_seen, b_x, b_taps, b_bias, W)
-        b_s = 1 / (1 + tl.exp(-b_z))
+        b_z = weighted_sum(b_before, b_x, b_taps, b_bias, W)
+        b_s = sigmoid(b_z)
         b_g *= b_s * (1 + b_z * (1 - b_s))
     b_sums = ()
     for k in tl.static_range(W - 1):
-        b_mine = b_g
-        if MASKED:
-            b_mine = tl.where(same_document(p_ids, t, W - 1 - k, T), b_g, 0.0)
-        b_sums += (b_pending[k] + b_mine * b_taps[k],)
+        b_sums += (b_pending[k] + b_g * b_taps[k],)
     b_sums += (b_g * b_taps[W - 1],)
-    return b_g, b_seen, b_sums
+    return b_g, b_sums
 
 
 @triton.jit
-def store_dx(b_dx, p_dx, p_dstate, p_dlast, p_ids, s, t0, T, D, o_d, m_d, W: tl.constexpr):
-    """dx of token s of a span that begins with t0, if it is one; before the row's first token the
-    gradient of the state. With what the last inputs' gradient gives to it."""
+def store_dx(b_dx, p_dx, fixed, s, first, T, D, o_d, m_d, W: tl.constexpr):
+    """dx of token s of a span, if `first` is no later; before the row's first token the gradient of
+    the state. With what the last inputs' gradient gives to it."""
+    _, _, p_dstate, p_dlast, p_ids, end = fixed
     if p_dlast is not None:
         k = s - (T - (W - 1))
         last = k >= 0
         if p_ids is not None:
-            here = tl.minimum(tl.maximum(s, 0), T - 1)
-            last = last & (tl.load(p_ids + here) == tl.load(p_ids + T - 1))
+            last = last & (id_at(p_ids, s, T) == id_at(p_ids, T - 1, T))
         p_share = p_dlast + k * D + o_d
         b_dx += tl.load(p_share, mask=m_d & last & (s < T), other=0.0).to(tl.float32)
     b_dx = b_dx.to(p_dx.dtype.element_ty)
-    tl.store(p_dx + o_d, b_dx, mask=m_d & (s >= t0) & (s < T))
+    tl.store(p_dx + o_d, b_dx, mask=m_d & (s >= first) & (s < end))
     if p_dstate is not None:
         tl.store(p_dstate + (s + W - 1) * D + o_d, b_dx, mask=m_d & (s < 0))
 
@@ -261,7 +282,6 @@ def backward_rows(
     fixed,
     p_dx,
     t,
-    t0,
     T,
     D,
     o_d,
@@ -269,32 +289,38 @@ def backward_rows(
     W: tl.constexpr,
     ROWS: tl.constexpr,
     SILU: tl.constexpr,
-    MASKED: tl.constexpr,
+    BIAS: tl.constexpr,
+    BORDERS: tl.constexpr,
     INSIDE: tl.constexpr,
 ):
     """Writes dx of tokens t - W + 1 .. t - W + ROWS, p_dx being token t's; INSIDE the span, adds
-    to the gradients of taps and bias. held: (inputs before, pending sums, those gradients)."""
-    b_before, b_pending, b_sums = held
-    b_taps, b_bias, p_dstate, p_dlast, p_ids = fixed
+    to the gradients of taps and bias. BORDERS: some begin documents. held: (inputs before, pending
+    sums, those gradients, the first token whose dx is wanted)."""
+    b_before, b_pending, b_sums, first = held
+    b_taps, b_bias, _, _, p_ids, _ = fixed
     for r in tl.static_range(ROWS):
+        if BORDERS:  # sums of earlier tokens are whole: g of later ones is none of theirs
+            begins = id_at(p_ids, t + r - 1, T) != id_at(p_ids, t + r, T)
+            for k in tl.static_range(W - 1):
+                back = r - (W - 1) + k
+                at = (p_dx + back * D, fixed, t + back, first, T, D, o_d, m_d & begins)
+                store_dx(b_pending[k], *at, W)
+            b_before = zeros_if(begins, b_before, W)
+            first = tl.where(begins, t + r, first)
         b_x = b_xs[r].to(tl.float32)
-        b_g, b_seen, b_dx = backward_row(
-            b_before, b_pending, b_x, b_dys[r], b_taps, b_bias, p_ids, t + r, T, W, SILU, MASKED
-        )
+        b_g, b_dx = backward_row(b_before, b_pending, b_x, b_dys[r], b_taps, b_bias, W, SILU)
+        b_before += (b_x,)
         if INSIDE:
-            b_seen += (b_x,)
             b_new = ()
             for k in tl.static_range(W):
-                b_new += (b_sums[k] + b_g * b_seen[k],)
-            b_new += (b_sums[W] + b_g,)
+                b_new += (b_sums[k] + b_g * b_before[k],)
+            b_new += (b_sums[W] + b_g if BIAS else b_sums[W],)
             b_sums = b_new
-        s = t + r - (W - 1)
-        p_s = p_dx + (r - (W - 1)) * D
-        store_dx(b_dx[0], p_s, p_dstate, p_dlast, p_ids, s, t0, T, D, o_d, m_d, W)
+        back = r - (W - 1)
+        store_dx(b_dx[0], p_dx + back * D, fixed, t + back, first, T, D, o_d, m_d, W)
         b_pending = b_dx[1:]
-        b_before += (b_x,)
         b_before = b_before[1:]
-    return b_before, b_pending, b_sums
+    return b_before, b_pending, b_sums, first
 
 
 @triton.jit(
@@ -306,8 +332,6 @@ def backward_rows(
         "SPAN",
         "x_b",
         "x_t",
-        "w_d",
-        "w_w",
         "dy_b",
         "dy_t",
     ]
@@ -336,8 +360,6 @@ def causal_conv_bwd_kernel(
     dy_t,
     x_b,
     x_t,
-    w_d,
-    w_w,
     # options
     W: tl.constexpr,
     SILU: tl.constexpr,
@@ -365,44 +387,51 @@ def causal_conv_bwd_kernel(
     if p_dlast is not None:
         p_dlast += i_b * (W - 1) * D
 
-    b_taps = taps(p_weight, w_d, w_w, o_d, m_d, W)
+    b_taps = taps(p_weight, o_d, m_d, W)
     b_zero = tl.zeros((BLOCK_D,), tl.float32)
     b_bias = b_zero
     if p_bias is not None:
         b_bias = tl.load(p_bias + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_before = rows_before(p_x, x_t, p_state, t0, D, o_d, m_d, W)
-    b_pending, b_sums = (b_zero,) * (W - 1), (b_zero,) * (W + 1)
+    if p_ids is not None:
+        b_before = in_document(b_before, p_ids, t0, T, W)
+        id_before = id_at(p_ids, t0 - 1, T)
+    BIAS: tl.constexpr = p_bias is not None
+    held = b_before, (b_zero,) * (W - 1), (b_zero,) * (W + 1), t0
+    fixed = b_taps, b_bias, p_dstate, p_dlast, p_ids, tl.minimum(t0 + SPAN, T)
     p_xs = p_x + t0.to(tl.int64) * x_t
     p_dys = p_dy + i_b * dy_b * ALIGN + t0.to(tl.int64) * dy_t
     for t in tl.range(t0, t0 + SPAN, ROWS, num_stages=STAGES):
         b_xs = load_rows(p_xs, x_t, t, T, o_d, m_d, ROWS)
         b_dys = load_rows(p_dys, dy_t, t, T, o_d, m_d, ROWS)
-        held, fixed = (b_before, b_pending, b_sums), (b_taps, b_bias, p_dstate, p_dlast, p_ids)
-        at = (p_dx, t, t0, T, D, o_d, m_d)
+        at = (p_dx, t, T, D, o_d, m_d)
+        if p_ids is not None:
+            id_last = id_at(p_ids, t + ROWS - 1, T)
         if p_ids is None:  # noqa: SIM114
-            held = backward_rows(held, b_xs, b_dys, fixed, *at, W, ROWS, SILU, False, True)
-        elif one_document(p_ids, t, T, W, ROWS):
-            held = backward_rows(held, b_xs, b_dys, fixed, *at, W, ROWS, SILU, False, True)
+            held = backward_rows(held, b_xs, b_dys, fixed, *at, W, ROWS, SILU, BIAS, False, True)
+        elif id_before == id_last:
+            held = backward_rows(held, b_xs, b_dys, fixed, *at, W, ROWS, SILU, BIAS, False, True)
         else:  # seldom: row after row, so that it takes few registers
             for r in range(ROWS):
                 b_x = load_rows(p_xs + r * x_t, x_t, t + r, T, o_d, m_d, 1)
                 b_dy = load_rows(p_dys + r * dy_t, dy_t, t + r, T, o_d, m_d, 1)
-                at = (p_dx + r * D, t + r, t0, T, D, o_d, m_d)
-                held = backward_rows(held, b_x, b_dy, fixed, *at, W, 1, SILU, True, True)
-        b_before, b_pending, b_sums = held
+                at = (p_dx + r * D, t + r, T, D, o_d, m_d)
+                held = backward_rows(held, b_x, b_dy, fixed, *at, W, 1, SILU, BIAS, True, True)
+        if p_ids is not None:
+            id_before = id_last
         p_xs += ROWS * x_t
         p_dys += ROWS * dy_t
         p_dx += ROWS * D
     # what the span's last tokens want of those after it
-    held, fixed = (b_before, b_pending, b_sums), (b_taps, b_bias, p_dstate, p_dlast, p_ids)
+    PACKED: tl.constexpr = p_ids is not None
     for r in tl.static_range(W - 1):
         t = t0 + SPAN + r
         b_x = load_rows(p_xs + r * x_t, x_t, t, T, o_d, m_d, 1)
         b_dy = load_rows(p_dys + r * dy_t, dy_t, t, T, o_d, m_d, 1)
-        at = (p_dx + r * D, t, t0, T, D, o_d, m_d)
-        held = backward_rows(held, b_x, b_dy, fixed, *at, W, 1, SILU, p_ids is not None, False)
-    for k in tl.static_range(W + 1):
-        tl.store(p_sums + k * D, b_sums[k], mask=m_d)
+        at = (p_dx + r * D, t, T, D, o_d, m_d)
+        held = backward_rows(held, b_x, b_dy, fixed, *at, W, 1, SILU, BIAS, PACKED, False)
+    for k in tl.static_range(W + 1 if BIAS else W):
+        tl.store(p_sums + k * D, held[2][k], mask=m_d)
 
 
 @triton.jit(do_not_specialize=["N", "D"])

@@ -3,7 +3,8 @@ pass: the angles, which all layers share."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from operator import index
 
 import torch
@@ -11,21 +12,12 @@ from torch import Tensor
 
 from llmtrain_kernels.launch import launch
 
+MOST_ROWS = 65535  # what a grid's second axis has
+
 
 def in_rows(x_BTHK: Tensor) -> Tensor:
     """With neighbouring elements in a head; a copy only if they are not."""
     return x_BTHK if x_BTHK.stride(-1) == 1 else x_BTHK.contiguous()
-
-
-def power_of_two(number: int) -> int:
-    """The least that is no smaller."""
-    return 1 << (number - 1).bit_length()
-
-
-def blocks(config: Mapping[str, int], heads: int) -> tuple[int, int]:
-    """(tokens, heads) of a tile of `rows` pairs of them, of at most `heads` heads."""
-    most = min(config["heads"], power_of_two(heads), config["rows"])
-    return config["rows"] // most, most
 
 
 def run(
@@ -54,9 +46,11 @@ def run(
     k_BTGK = q_BTHK[:, :, :0] if k_BTGK is None else in_rows(k_BTGK)
     groups, k_width = k_BTGK.shape[2:]
     cos_BTR, sin_BTR = cos_BTR.contiguous(), sin_BTR.contiguous()
-    per_tile, heads_a_tile = blocks(config, max(heads, groups))
+    rows, pairs = config["rows"], tokens * (heads + groups)
+    assert batch <= MOST_ROWS
+    assert pairs + rows < 2**31
     with torch.cuda.device_of(q_BTHK):
-        rope_kernel[(batch * -(-tokens // per_tile),)](
+        rope_kernel[(-(-pairs // rows), batch)](
             q_BTHK,
             k_BTGK,
             cos_BTR,
@@ -76,10 +70,8 @@ def run(
             R=half,
             INTERLEAVED=interleaved,
             INVERSE=inverse,
-            TOKENS=per_tile,
-            HEADS=heads_a_tile,
+            ROWS=rows,
             num_warps=config["num_warps"],
-            num_stages=config["num_stages"],
         )
     return q_out, k_out
 
@@ -115,23 +107,38 @@ def setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(cos_BTR, sin_BTR)
 
 
-def gradients(ctx, dq_BTHK, dk_BTGK):
-    """Turned back, both in one launch; angles have none."""
+def turned_back(turn: Callable[..., tuple[Tensor, Tensor]], ctx, dq_BTHK, dk_BTGK):
+    """The gradients of q and k in one launch; angles have none. turn: what takes turned()'s
+    arguments."""
     interleaved, q_start, k_start, inverse = ctx.options
-    cos_BTR, sin_BTR = ctx.saved_tensors
-    angles = cos_BTR, sin_BTR, interleaved
+    angles = *ctx.saved_tensors, interleaved
     if not ctx.has_keys:
         dk_BTGK = None
     if dq_BTHK is not None and dk_BTGK is not None:
-        dq_BTHK, dk_BTGK = turned(dq_BTHK, dk_BTGK, *angles, q_start, k_start, not inverse)
+        dq_BTHK, dk_BTGK = turn(dq_BTHK, dk_BTGK, *angles, q_start, k_start, not inverse)
     elif dq_BTHK is not None:
-        dq_BTHK, _ = turned(dq_BTHK, None, *angles, q_start, 0, not inverse)
+        dq_BTHK, _ = turn(dq_BTHK, None, *angles, q_start, 0, not inverse)
     elif dk_BTGK is not None:
-        dk_BTGK, _ = turned(dk_BTGK, None, *angles, k_start, 0, not inverse)
+        dk_BTGK, _ = turn(dk_BTGK, None, *angles, k_start, 0, not inverse)
     return dq_BTHK, dk_BTGK, None, None, None, None, None, None
 
 
-turned.register_autograd(gradients, setup_context=setup_context)
+turned.register_autograd(functools.partial(turned_back, turned), setup_context=setup_context)
+
+
+class Turned(torch.autograd.Function):
+    """turned() for calls that nothing traces: of a call's time on the host the operator's layers,
+    which are Python, took more than half."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = run(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return turned_back(Turned.apply, ctx, *gradients)
 
 
 def fused(
@@ -148,5 +155,6 @@ def fused(
         0 if part is None or x is None else index(x.shape[-1]) - part for x in (q_BTHK, k_BTGK)
     )
     how = (interleaved, q_start, k_start, False)
-    q_out, k_out = turned(q_BTHK, k_BTGK, cos_BTR, sin_BTR, *how)
+    turn = turned if torch.compiler.is_compiling() else Turned.apply
+    q_out, k_out = turn(q_BTHK, k_BTGK, cos_BTR, sin_BTR, *how)
     return q_out, None if k_BTGK is None else k_out

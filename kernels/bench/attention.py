@@ -142,7 +142,7 @@ def contenders(device: torch.device) -> list[Contender]:
     return [
         *(
             Contender(name=name, call=functools.partial(attention, backend=name))
-            for name in ("auto", "sdpa", "varlen", "flash_attn")
+            for name in ("auto", "sdpa", "varlen", "cudnn", "flash_attn")
         ),
         *(
             Contender(name=f"peer: {name}", call=functools.partial(peer, kernel), sparse=False)

@@ -38,7 +38,10 @@ log = logging.getLogger(__name__)
 # Beside the packages that `llmtrain launch` copied (llmtrain/slurm/snapshot.py).
 SNAPSHOT_FACTS = "code.json"
 LOGGERS = ("llmtrain", "llmtrain_kernels")
-PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "tokenizers", "triton", "flash-attn")
+PACKAGES = (
+    *("torch", "deepspeed", "numpy", "safetensors", "tokenizers", "triton"),
+    *("flash-attn", "nvidia-cudnn-frontend"),
+)
 
 
 class RunLog:

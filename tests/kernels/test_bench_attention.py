@@ -15,7 +15,7 @@ from llmtrain_kernels.bench.attention import (
     cases,
     exact,
     make,
-    varlen_known,
+    packed_known,
 )
 
 SMALL = Shape(batch=2, tokens=40, heads=4, groups=2, width=8, mean_document=9)
@@ -63,7 +63,7 @@ def test_known_sizes_are_handed_on(monkeypatch):
     monkeypatch.setattr("llmtrain_kernels.bench.attention.attention", spy)
     given, known = make(SMALL, CPU, torch.float32), boundaries(SMALL)
     longest = max(b - a for a, b in itertools.pairwise(known))
-    varlen_known(len(known) - 1, longest, **given)
+    packed_known(len(known) - 1, longest, "varlen")(**given)
     assert seen["cu_seqlens"].tolist() == known
     assert (seen["max_seqlen"], seen["backend"]) == (longest, "varlen")
 
@@ -72,5 +72,6 @@ def test_shapes():
     names = [case.shape for case in cases(quick=False)]
     assert "B4 T4096 H16/16 K128" in names
     assert "B1 T16384 H32/8 K128 documents of 2048" in names
+    assert "B4 T4096 H16/16 K128 documents of a row" in names
     packed, dense = (case for case in cases(quick=True)[::-1])
     assert packed.costs[0].flops < dense.costs[0].flops

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,6 +19,7 @@ class Case:
     documents: rows hold several documents; boundaries: cu_seqlens and max_seqlen are given too.
     sinks: keys at the start of a document that a window does not hide. softcap: scores are capped.
     cache: queries and keys carry positions. training: gradients will be asked for.
+    deterministic: torch is told to use nothing else.
     """
 
     device: str
@@ -36,6 +37,7 @@ class Case:
     boundaries: bool = False
     cache: bool = False
     training: bool = False
+    deterministic: bool = field(default_factory=torch.are_deterministic_algorithms_enabled)
     table: str = "default"
     tokens: int | None = None
 

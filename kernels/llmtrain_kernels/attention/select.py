@@ -25,7 +25,16 @@ import logging
 from types import ModuleType
 from typing import NamedTuple
 
-from llmtrain_kernels.attention import choice, eager, flash_attn, flex, reference, sdpa, varlen
+from llmtrain_kernels.attention import (
+    choice,
+    cudnn,
+    eager,
+    flash_attn,
+    flex,
+    reference,
+    sdpa,
+    varlen,
+)
 from llmtrain_kernels.attention.case import Case
 
 log = logging.getLogger(__name__)
@@ -36,6 +45,7 @@ BACKENDS: dict[str, ModuleType] = {
     "varlen": varlen,
     "flex": flex,
     "flash_attn": flash_attn,
+    "cudnn": cudnn,
     "eager": eager,
 }
 
@@ -111,7 +121,7 @@ def first_of(situation: str, case: Case, virtue: str) -> Choice:
 
 def padding(situation: str, backend: str, case: Case) -> str:
     """A note on widths that are made equal, or ""."""
-    if backend == "flex" or (situation == "dense" and not differs(case)):
+    if backend in ("flex", "cudnn") or (situation == "dense" and not differs(case)):
         return ""
     return case.padded
 

@@ -27,6 +27,7 @@ from llmtrain_kernels.attention import attention, cost
 from llmtrain_kernels.bench.case import Call, Case
 
 LEAST_BOUNDARIES = 64
+WHOLE = 10**9  # a mean length that no row reaches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,10 @@ class Shape:
 
     def __str__(self) -> str:
         text = f"B{self.batch} T{self.tokens} H{self.heads}/{self.groups} K{self.width}"
-        return text + (f" documents of {self.mean_document}" if self.mean_document else "")
+        if not self.mean_document:
+            return text
+        length = "a row" if self.mean_document == WHOLE else str(self.mean_document)
+        return f"{text} documents of {length}"
 
 
 DENSE = [
@@ -50,7 +54,8 @@ DENSE = [
     Shape(batch=1, tokens=16384, heads=32, groups=8, width=128),
     Shape(batch=32, tokens=1024, heads=12, groups=4, width=64),
 ]
-PACKED = {0: (512, 2048), 1: (512, 2048), 2: (500,)}  # mean documents of DENSE's shapes
+# mean documents of DENSE's shapes
+PACKED = {0: (512, 2048, WHOLE), 1: (512, 2048), 2: (500, WHOLE)}
 QUICK = Shape(batch=2, tokens=19, heads=4, groups=2, width=8)
 
 
@@ -161,12 +166,25 @@ def packed_peers(shape: Shape, longest: int) -> dict[str, Callable[[], Call]]:
     """known: with the real number of documents and the longest of them."""
     documents = len(boundaries(shape)) - 1
     return {
-        "varlen": lambda: functools.partial(auto, shape.tokens, backend="varlen"),
-        "varlen, known": lambda: functools.partial(varlen_known, documents, longest),
-        "cuDNN ragged, known": lambda: functools.partial(cudnn_ragged, documents, longest),
-        "flex": lambda: functools.partial(auto, shape.tokens, backend="flex"),
+        **{name: functools.partial(packed, shape.tokens, name) for name in ("varlen", "flex")},
+        **{
+            f"{name}, known": functools.partial(packed_known, documents, longest, name)
+            for name in ("varlen", "cudnn")
+        },
         "flex, mask kept": flex_kept,
     }
+
+
+def packed(tokens: int, backend: str) -> Call:
+    return functools.partial(auto, tokens, backend=backend)
+
+
+def packed_known(documents: int, longest: int, backend: str) -> Call:
+    def call(q: Tensor, k: Tensor, v: Tensor, doc_ids_BT: Tensor, cu_seqlens: Tensor) -> Tensor:
+        ends = cu_seqlens[: documents + 1]
+        return auto(longest, q, k, v, doc_ids_BT, ends, backend=backend)
+
+    return call
 
 
 def sdpa(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -176,36 +194,6 @@ def sdpa(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with sdpa_kernel(kernel):
         o = F.scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=grouped)
     return rearrange(o, "b h t k -> b t h k")
-
-
-def varlen_known(
-    documents: int,
-    longest: int,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    doc_ids_BT: Tensor,
-    cu_seqlens: Tensor,
-) -> Tensor:
-    return auto(longest, q, k, v, doc_ids_BT, cu_seqlens[: documents + 1], backend="varlen")
-
-
-def cudnn_ragged(
-    documents: int,
-    longest: int,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    doc_ids_BT: Tensor,
-    cu_seqlens: Tensor,
-) -> Tensor:
-    """torch's own operator behind nested tensors. It may build cuDNN's plan at every call, which
-    eager times show and replays of a CUDA graph do not."""
-    flat = (x.flatten(0, 1) for x in (q, k, v))
-    ends = cu_seqlens[: documents + 1]
-    sizes = (ends, ends, longest, longest)
-    made = torch.ops.aten._cudnn_attention_forward(*flat, None, *sizes, True, 0.0, True, False)
-    return made[0].view_as(q)
 
 
 def flex_kept() -> Call:

@@ -1,0 +1,542 @@
+"""cuDNN's attention over packed documents.
+
+Without a GPU a stand-in executes plans: it finds every document of every tensor by the offsets and
+strides that a plan is told, and computes it. On one, the real plans run.
+"""
+
+import sys
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import torch._dynamo.testing
+from llmtrain_kernels.attention import Case, attention, choice, cudnn, cudnn_plan, select_backend
+
+H100 = Case(
+    device="cuda",
+    capability=(9, 0),
+    dtype=torch.bfloat16,
+    heads=12,
+    kv_heads=4,
+    k_width=64,
+    v_width=64,
+    documents=True,
+    boundaries=True,
+    training=True,
+)
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def documents(lengths, rows, empty=0):
+    """The arguments that describe packed rows; `empty` documents follow the others."""
+    lengths = torch.tensor(lengths)
+    total = int(lengths.sum())
+    ends = lengths.cumsum(0)
+    ids = torch.bucketize(torch.arange(total), ends, right=True)
+    boundaries = torch.cat([torch.zeros(1), ends, ends[-1:].expand(empty)])
+    return {
+        "doc_ids_BT": ids.view(rows, -1),
+        "cu_seqlens": boundaries.int(),
+        "max_seqlen": total // rows,
+    }
+
+
+def inputs(rows, tokens, heads, groups, k_width=16, v_width=None, *, projection=False):
+    """q, k, v in float64. projection: they are views of one tensor."""
+    generator = torch.Generator().manual_seed(0)
+    v_width = v_width or k_width
+
+    def noise(n, width):
+        size = (rows, tokens, n, width)
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    if projection:
+        return noise(heads + 2 * groups, k_width).split([heads, groups, groups], dim=2)
+    return noise(heads, k_width), noise(groups, k_width), noise(groups, v_width)
+
+
+def with_gradients(call, qkv, **arguments):
+    """[o, dq, dk, dv] for a random gradient of o."""
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    o = call(*leaves, **arguments)
+    generator = torch.Generator().manual_seed(9)
+    do = torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o)
+    return [o, *torch.autograd.grad(o, leaves, do)]
+
+
+def by_reference(q, k, v, **arguments):
+    return attention(q, k, v, backend="reference", **arguments)
+
+
+def stand_in(key, tensors, cu_seqlens):
+    """What execute() does, by documents."""
+    found = cudnn_plan.operands(key)
+    assert list(tensors) == list(found)
+    own = [name for name in found if name not in cudnn_plan.OFFSET_OF]
+    strides = torch.tensor([[found[name].token_stride] for name in own])
+    lengths, offsets = cudnn_plan.ragged(cu_seqlens, key.documents, strides)
+    begin = dict(zip(own, offsets.tolist()))
+
+    def part(name, n):
+        x, tensor = found[name], tensors[name]
+        offset = tensor.storage_offset() + begin[cudnn_plan.OFFSET_OF.get(name, name)][n]
+        size, stride = (lengths[n], x.heads, x.width), (x.token_stride, x.width, 1)
+        return tensor.as_strided(size, stride, offset)
+
+    for n, length in enumerate(lengths.tolist()):
+        assert length <= key.longest
+        if length == 0:
+            continue
+        given = {name: part(name, n) for name in found}
+        o, lse, *made = one_document(key, given["q"], given["k"], given["v"], given.get("do"))
+        if not key.backward:
+            given["o"].copy_(o)
+            given["lse"].copy_(lse)
+            continue
+        torch.testing.assert_close(given["o"], o, **EXACT)
+        torch.testing.assert_close(given["lse"], lse, rtol=1e-5, atol=1e-5)
+        for name, gradient in zip(("dq", "dk", "dv"), made):
+            given[name].copy_(gradient)
+
+
+def one_document(key, q, k, v, do):
+    """o, lse and, if do is given, dq, dk, dv, written out: no gradients are recorded in here."""
+    r = key.heads // key.groups
+    k_all, v_all = (x.repeat_interleave(r, dim=1) for x in (k, v))
+    scores = key.scale * torch.einsum("thk,shk->hts", q, k_all)
+    if key.causal:
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    p = scores.softmax(-1)
+    o = torch.einsum("hts,shv->thv", p, v_all)
+    lse = scores.logsumexp(-1).mT[..., None].float()
+    if do is None:
+        return o, lse
+    dp = torch.einsum("thv,shv->hts", do, v_all)
+    ds = key.scale * p * (dp - (do * o).sum(-1).mT[..., None])
+    dk = torch.einsum("hts,thk->shk", ds, q).unflatten(1, (-1, r)).sum(2)
+    dv = torch.einsum("hts,thv->shv", p, do).unflatten(1, (-1, r)).sum(2)
+    return o, lse, torch.einsum("hts,shk->thk", ds, k_all), dk, dv
+
+
+@pytest.fixture
+def executed(monkeypatch):
+    """Keys of plans that the stand-in executed."""
+    keys = []
+
+    def execute(key, tensors, cu_seqlens):
+        keys.append(key)
+        stand_in(key, tensors, cu_seqlens)
+
+    monkeypatch.setattr(cudnn_plan, "execute", execute)
+    return keys
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("heads", "groups"), [(2, 2), (4, 2), (3, 1)])
+@pytest.mark.parametrize("projection", [False, True])
+def test_operators_over_a_stand_in(executed, causal, heads, groups, projection):
+    qkv = inputs(2, 20, heads, groups, projection=projection)
+    arguments = documents([3, 1, 16, 20], 2, empty=4)
+    for options in ({}, {"scale": 0.2}):
+        options = {**arguments, **options, "causal": causal}
+        got = with_gradients(cudnn.run, qkv, **options)
+        expected = with_gradients(by_reference, qkv, **options)
+        torch.testing.assert_close(got, expected, **EXACT)
+    assert [key.backward for key in executed] == [False, True] * 2
+
+
+def test_widths_and_layouts(executed):
+    """Keys wider than values; a gradient of o and inputs that no plan can address are copied."""
+    qkv = inputs(1, 12, 4, 2, 32, 16)
+    rows = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in qkv]
+    arguments = documents([5, 7], 1)
+    expected = with_gradients(by_reference, qkv, **arguments)
+
+    def transposed(*qkv, **arguments):
+        return cudnn.run(*qkv, **arguments).transpose(1, 2).contiguous().transpose(1, 2)
+
+    for given, call in ((qkv, cudnn.run), (rows, cudnn.run), (qkv, transposed)):
+        torch.testing.assert_close(with_gradients(call, given, **arguments), expected, **EXACT)
+
+
+def test_addressable():
+    x = torch.zeros(3, 2, 16, dtype=torch.bfloat16)
+    assert cudnn_plan.addressable(x) is x
+    others = [
+        x.transpose(1, 2),
+        torch.zeros(3, 1, 16, dtype=torch.bfloat16).expand(3, 2, 16),
+        torch.zeros(97, dtype=torch.bfloat16)[1:].view(3, 2, 16),
+        torch.zeros(3, 36, dtype=torch.bfloat16)[:, :32].view(3, 2, 16),
+        torch.zeros(3, 6, 16, dtype=torch.bfloat16)[:, 2:4],  # of one projection
+    ]
+    for other in others:
+        made = cudnn_plan.addressable(other)
+        assert made.is_contiguous()
+        assert made.data_ptr() != other.data_ptr()
+
+
+def test_operators_are_registered_well(executed):
+    """Fakes, schemas and the gradient, as torch.compile will take them."""
+    qkv = [x.flatten(0, 1).detach().requires_grad_() for x in inputs(1, 12, 4, 2, 32, 16)]
+    boundaries = torch.tensor([0, 5, 12], dtype=torch.int32)
+    how = (boundaries, 7, 12, True, 0.2)
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(
+        cudnn.forward, (*qkv, *how), test_utils=(*tests, "test_aot_dispatch_dynamic")
+    )
+    o, lse = cudnn.forward(*qkv, *how)
+    assert (lse.dtype, lse.shape, lse.requires_grad) == (torch.float32, (12, 4, 1), False)
+    given = [x.detach() for x in (torch.ones_like(o), *qkv, o, lse)]
+    torch.library.opcheck(cudnn.backward, (*given, *how), test_utils=tests)
+
+
+def test_compiles_for_any_documents(executed):
+    """One graph, and no compilation for every new number of documents or longest document."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(cudnn.run, fullgraph=True, backend=counter)
+    qkv = inputs(1, 40, 2, 2)
+    for every in (1, 2, 5, 8, 20, 40):
+        arguments = {**documents([every] * (40 // every), 1), "max_seqlen": every}
+        got = with_gradients(compiled, qkv, **arguments)
+        torch.testing.assert_close(got, with_gradients(by_reference, qkv, **arguments), **EXACT)
+    assert counter.frame_count <= 3
+
+
+def test_offsets():
+    """Wider than int32, 16 bytes apart, and empty documents at the end of the tokens."""
+    boundaries = torch.tensor([0, 7, 1 << 20, 1 << 20], dtype=torch.int32)
+    lengths, offsets = cudnn_plan.ragged(boundaries, 8, torch.tensor([[1 << 14], [3]]))
+    assert (lengths.dtype, offsets.dtype) == (torch.int32, torch.int64)
+    assert lengths.tolist() == [7, (1 << 20) - 7] + [0] * 6
+    assert offsets.tolist() == [[0, 7 * s] + [s << 20] * 8 for s in (1 << 14, 3)]
+    assert offsets.stride(0) * offsets.element_size() % 16 == 0
+
+
+def test_bounds_are_rounded():
+    assert [cudnn_plan.power_of_two(n, 16) for n in (1, 16, 17, 64, 65)] == [16, 16, 32, 64, 128]
+    rows = {
+        (700, 4096): 1024,
+        (4096, 4096): 4096,
+        (3000, 3000): 3072,
+        (1, 19): 128,
+        (600, 600): 640,
+    }
+    assert {args: cudnn_plan.rounded_longest(*args) for args in rows} == rows
+    for tokens in (1, 128, 129, 16384, 16385, 99999, 1 << 20):
+        rounded = cudnn_plan.rounded_tokens(tokens)
+        assert tokens <= rounded <= max(128, tokens * 9 / 8 + 128)
+    assert len({cudnn_plan.rounded_tokens(n) for n in range(1, 1 << 17)}) <= 8 * 8
+
+
+def key(documents=20, longest=500, row=4096, tokens=8192, *, heads=4, backward=False, **how):
+    how = {"causal": True, "scale": 0.125, **how}
+    q, k = (torch.zeros(tokens, n, 64, dtype=torch.bfloat16, device="meta") for n in (heads, 2))
+    boundaries = torch.zeros(documents + 1, dtype=torch.int32, device="meta")
+    return cudnn_plan.make_key(q, k, k, boundaries, longest, row, backward=backward, **how)
+
+
+def test_plans_are_few():
+    assert key() == key(documents=32, longest=257, tokens=4096)
+    assert key(backward=True) == key(documents=17, tokens=8191, backward=True)
+    changes = [{"documents": 33}, {"longest": 513}, {"heads": 8}, {"scale": 0.1}, {"causal": False}]
+    assert len({key(), key(backward=True), *(key(**change) for change in changes)}) == 7
+    seen = {key(n, longest, backward=True) for n in range(1, 4097, 5) for longest in (1, 999, 4096)}
+    assert len(seen) <= 9 * 3
+
+
+def test_no_plan_is_built_while_a_graph_is_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"backend=cudnn: got a new shape .*run the step once"):
+        cudnn_plan.build(key())
+
+
+class Recorded:
+    """A tensor of NVIDIA's graph, which remembers what it was told."""
+
+    def __init__(self, **told):
+        self.told = told
+
+    def __getattr__(self, name):
+        def setter(value):
+            self.told[name.removeprefix("set_")] = value
+            return self
+
+        return setter
+
+
+@pytest.fixture
+def package(monkeypatch):
+    """NVIDIA's module, as far as describe() needs it; .tensors and .calls are what it was told."""
+    module = ModuleType("cudnn")
+    module.tensors, module.calls = [], []
+    types = ("BFLOAT16", "HALF", "FLOAT", "INT32", "INT64")
+    module.data_type = SimpleNamespace(**{name: name for name in types})
+    module.diagonal_alignment = SimpleNamespace(TOP_LEFT="top left")
+    module.attention_implementation = SimpleNamespace(COMPOSITE="composite")
+
+    class Graph:
+        def __init__(self, **options):
+            pass
+
+        def tensor(self, dim, stride, data_type, *, name, uid):
+            made = Recorded(dim=dim, stride=stride, data_type=data_type, name=name, uid=uid)
+            module.tensors.append(made)
+            return made
+
+        def made(self, count, options):
+            module.calls.append(options)
+            results = [Recorded() for _ in range(count)]
+            module.tensors += results
+            return results
+
+        def sdpa(self, **options):
+            return self.made(2, options)
+
+        def sdpa_backward(self, **options):
+            return self.made(3, options)
+
+    module.pygraph = Graph
+    monkeypatch.setitem(sys.modules, "cudnn", module)
+    return module
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("causal", [True, False])
+def test_graphs(package, backward, causal):
+    """Every buffer has its number, and what holds tokens has sizes, strides and a ragged offset."""
+    described = key(backward=backward, causal=causal)
+    cudnn_plan.describe(described, handle=None)
+    told = {x.told["uid"]: x.told for x in package.tensors}
+    names = cudnn_plan.uids(described)
+    assert set(told) == set(names.values())
+    for name, operand in cudnn_plan.operands(described).items():
+        x = told[names[name]]
+        assert x["dim"] == [32, operand.heads, 512, operand.width]
+        assert x["stride"] == [512 * operand.token_stride, operand.width, operand.token_stride, 1]
+        assert x["data_type"] == ("FLOAT" if name == "lse" else "BFLOAT16")
+        offsets = x["ragged_offset"].told
+        assert offsets["uid"] == names[f"{cudnn_plan.OFFSET_OF.get(name, name)} offsets"]
+        assert (offsets["dim"], offsets["data_type"]) == ([33, 1, 1, 1], "INT64")
+    (options,) = package.calls
+    assert options["use_padding_mask"] is True
+    assert options.get("diagonal_band_right_bound") == (0 if causal else None)
+    assert options.get("max_total_seq_len_q") == (8192 if backward else None)
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    monkeypatch.setattr(cudnn, "INSTALLED", True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+
+
+def test_runs_packed_documents(installed):
+    for change in ({}, {"causal": False}, {"k_width": 128}, {"training": False}):
+        assert select_backend(replace(H100, **change), "cudnn").backend == "cudnn"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": torch.float32}, "needs bfloat16 or float16 on CUDA"),
+        ({"device": "cpu", "capability": None}, "needs bfloat16 or float16 on CUDA"),
+        ({"capability": (8, 0)}, r"needs compute capability 9 or 10, this device has \(8, 0\)"),
+        ({"capability": (12, 0)}, "needs compute capability 9 or 10"),
+        ({"window": 8}, "has no window, sinks, softcap or cache"),
+        ({"softcap": True}, "has no window, sinks, softcap or cache"),
+        ({"cache": True, "documents": False}, "has no window, sinks, softcap or cache"),
+        ({"documents": False}, "is for packed documents; sdpa has cuDNN's kernels for dense rows"),
+        ({"boundaries": False}, "needs cu_seqlens and max_seqlen"),
+        ({"k_width": 192}, "needs key and value widths of at most 128, multiples of 16, not 192"),
+        ({"v_width": 72}, "needs key and value widths of .* multiples of 16, not 64 and 72"),
+        ({"deterministic": True}, "has no deterministic backward pass"),
+    ],
+)
+def test_what_it_cannot_run(installed, change, message):
+    with pytest.raises(ValueError, match=f"attention backend=cudnn: {message}.*mixer.backend=auto"):
+        select_backend(replace(H100, **change), "cudnn")
+
+
+def test_what_it_needs(monkeypatch):
+    monkeypatch.setattr(cudnn, "INSTALLED", False)
+    with pytest.raises(ValueError, match=r"is not installed: pip install 'llmtrain\[cudnn\]'"):
+        select_backend(H100, "cudnn")
+    monkeypatch.setattr(cudnn, "INSTALLED", True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    with pytest.raises(ValueError, match=r"needs cuDNN 9\.18, torch has 9\.10"):
+        select_backend(H100, "cudnn")
+
+
+def test_auto_may_name_it_first(installed, monkeypatch):
+    order = ("cudnn", "varlen", "sdpa")
+    monkeypatch.setattr(choice, "order", lambda *_, **__: order)
+    chosen = select_backend(H100)
+    assert (chosen.backend, chosen.reason) == ("cudnn", "skips hidden pairs")
+    monkeypatch.setattr(cudnn, "INSTALLED", False)
+    chosen = select_backend(H100)
+    assert chosen.backend == "varlen"
+    assert "cudnn is not installed" in chosen.reason
+
+
+def test_a_case_knows_whether_torch_is_deterministic():
+    assert not replace(H100).deterministic
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert Case(
+            device="cpu",
+            capability=None,
+            dtype=torch.float32,
+            heads=1,
+            kv_heads=1,
+            k_width=8,
+            v_width=8,
+        ).deterministic
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+on_a_gpu = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not cudnn.INSTALLED, reason="needs nvidia-cudnn-frontend"),
+]
+
+
+def gpu(*names):
+    return pytest.param(*names, marks=on_a_gpu)
+
+
+def on_device(qkv, arguments, dtype):
+    """Both on the GPU; q, k and v rounded, views as before."""
+    whole = qkv[0]._base
+    if whole is not None:
+        sizes = [x.shape[2] for x in qkv]
+        qkv = whole.to("cuda", dtype).split(sizes, dim=2)
+    else:
+        qkv = [x.to("cuda", dtype) for x in qkv]
+    moved = {n: x.cuda() if isinstance(x, torch.Tensor) else x for n, x in arguments.items()}
+    return qkv, moved
+
+
+def named(q, k, v, **arguments):
+    return attention(q, k, v, backend="cudnn", **arguments)
+
+
+def poison():
+    """NaN in the memory that results and workspaces will have."""
+    junk = [torch.full((1 << 24,), float("nan"), device="cuda") for _ in range(4)]
+    del junk
+
+
+def assert_near_float64(got, qkv, **arguments):
+    """At most twice the rounding of the reference in the same precision, and a little."""
+    exact = with_gradients(by_reference, [x.double() for x in qkv], **arguments)
+    own = with_gradients(by_reference, qkv, **arguments)
+    eps = torch.finfo(qkv[0].dtype).eps
+    for x, low, y in zip(got, own, exact):
+        error, rounding = ((z.double() - y).norm() / y.norm() for z in (x, low))
+        assert error < 2 * rounding + 2 * eps
+
+
+LENGTHS = {
+    "one": ([65], 1, 0),
+    "half a bucket": ([1, 63, 64, 65, 7], 1, 3),
+    "a whole bucket": ([32] * 16, 1, 0),
+    "two rows": ([300, 1, 214, 515], 2, 60),
+}
+
+
+def check_on_a_gpu(qkv, lengths, rows, empty, *, dtype=torch.bfloat16, causal=True):
+    qkv, arguments = on_device(qkv, documents(lengths, rows, empty), dtype)
+    poison()
+    got = with_gradients(named, qkv, causal=causal, **arguments)
+    assert_near_float64(got, qkv, causal=causal, **arguments)
+
+
+@pytest.mark.parametrize("cut", [gpu(name) for name in LENGTHS])
+@pytest.mark.parametrize(
+    ("heads", "groups", "widths", "projection"),
+    [
+        (4, 4, (64, 64), False),
+        (4, 2, (128, 128), True),
+        (6, 1, (64, 64), True),
+        (4, 2, (128, 64), False),
+        (2, 2, (80, 80), False),
+        (2, 1, (16, 16), False),
+    ],
+)
+def test_against_float64(cut, heads, groups, widths, projection):
+    lengths, rows, empty = LENGTHS[cut]
+    qkv = inputs(rows, sum(lengths) // rows, heads, groups, *widths, projection=projection)
+    check_on_a_gpu(qkv, lengths, rows, empty)
+
+
+@pytest.mark.parametrize("options", [gpu({"causal": False}), gpu({"dtype": torch.float16})])
+@pytest.mark.parametrize("width", [64, 128])
+def test_options_against_float64(options, width):
+    check_on_a_gpu(inputs(1, 300, 4, 2, width), [200, 1, 99], 1, 5, **options)
+
+
+@pytest.mark.parametrize("bound", [gpu(512), gpu(2048), gpu(8192)])
+@pytest.mark.parametrize("empty", [0, 61, 509])
+def test_wide_bounds_change_nothing(bound, empty):
+    """The forward pass to the bit; the sums of the backward pass have no fixed order."""
+    lengths = [300, 7, 205]
+    qkv, arguments = on_device(inputs(1, 512, 4, 2, 64), documents(lengths, 1), torch.bfloat16)
+    expected = with_gradients(named, qkv, **arguments)
+    ends = documents(lengths, 1, empty)["cu_seqlens"].cuda()
+
+    def widely(q, k, v):
+        flat = (x.flatten(0, 1) for x in (q, k, v))
+        return cudnn.forward(*flat, ends, bound, bound, True, 0.125)[0].view(q.shape)
+
+    got = with_gradients(widely, qkv)
+    torch.testing.assert_close(got[0], expected[0], rtol=0, atol=0)
+    torch.testing.assert_close(got[1:], expected[1:], rtol=2**-6, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", [gpu("eager"), gpu("inductor")])
+def test_captured(mode):
+    """A CUDA graph follows boundaries that change between replays."""
+    torch._dynamo.reset()
+    call = named if mode == "eager" else torch.compile(named, fullgraph=True)
+    cuts = [documents(lengths, 2, 4) for lengths in ([300, 7, 205, 512], [100, 412, 3, 509])]
+    qkv, first = on_device(inputs(2, 512, 4, 2, 64), cuts[0], torch.bfloat16)
+    _, second = on_device(qkv, cuts[1], torch.bfloat16)
+    expected = [with_gradients(named, qkv, **arguments) for arguments in (first, second)]
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    generator = torch.Generator().manual_seed(9)
+    do = torch.randn(leaves[0].shape, generator=generator, dtype=torch.float64).to(leaves[0])
+
+    def step():
+        o = call(*leaves, **first)
+        return [o, *torch.autograd.grad(o, leaves, do)]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = step()
+    for arguments, truth in ((first, expected[0]), (second, expected[1])):
+        first["cu_seqlens"].copy_(arguments["cu_seqlens"])
+        graph.replay()
+        torch.testing.assert_close(made[0], truth[0], rtol=0, atol=0)
+        torch.testing.assert_close(made[1:], truth[1:], rtol=2**-6, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", [gpu("aot_eager"), gpu("inductor")])
+def test_compiled(backend):
+    torch._dynamo.reset()
+    qkv = inputs(2, 512, 4, 2, 64, projection=True)
+    arguments = documents([300, 7, 205, 512], 2)
+    qkv, arguments = on_device(qkv, arguments, torch.bfloat16)
+    compiled = torch.compile(named, fullgraph=True, backend=backend)
+    got = with_gradients(compiled, qkv, **arguments)
+    expected = with_gradients(named, qkv, **arguments)
+    torch.testing.assert_close(got[0], expected[0], rtol=0, atol=0)
+    torch.testing.assert_close(got[1:], expected[1:], rtol=2**-6, atol=1e-3)

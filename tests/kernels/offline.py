@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from llmtrain_kernels.launch import DEFAULT, FOLDER
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -17,6 +18,9 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 runs = pytest.mark.filterwarnings("ignore") if INTERPRETED else pytest.mark.gpu
 # Marks tests that run no kernel.
 hosts = pytest.mark.skipif(INTERPRETED, reason="nothing that runs a kernel")
+# The launch tables: all, and those that were measured on a device.
+TABLES = sorted(path.stem for path in FOLDER.glob("*.toml"))
+MEASURED = [name for name in TABLES if name != DEFAULT]
 TYPES = {"float32": "*fp32", "bfloat16": "*bf16", "float16": "*fp16", "int32": "*i32"}
 
 

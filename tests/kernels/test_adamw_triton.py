@@ -8,7 +8,15 @@ from llmtrain_kernels import tensor_lists
 from llmtrain_kernels.adamw import adamw_step, sum_of_squares
 from llmtrain_kernels.adamw.op import log
 from llmtrain_kernels.launch import tables
-from offline import DEVICE, INTERPRETED, compile_for_hopper, hosts, run_in_interpreter, runs
+from offline import (
+    DEVICE,
+    INTERPRETED,
+    TABLES,
+    compile_for_hopper,
+    hosts,
+    run_in_interpreter,
+    runs,
+)
 
 pytest.importorskip("triton")
 
@@ -252,7 +260,7 @@ OPTIONS = {
 
 
 @hosts
-@pytest.mark.parametrize("device", ["h100", "default"])
+@pytest.mark.parametrize("device", TABLES)
 @pytest.mark.parametrize("copy", [False, True])
 def test_compiled_for_hopper(device, copy):
     """16 bytes a load and a store, no spills, flat and by table; two programs of 256 threads and

@@ -1,7 +1,7 @@
 """The causal convolution's Triton kernels: as Triton's interpreter runs them on a CPU (in a process
 of its own), compiled for a GPU that need not be there, and on a GPU."""
 
-import tomllib
+import itertools
 from collections import defaultdict
 
 import pytest
@@ -9,8 +9,16 @@ import torch
 from llmtrain_kernels import launch
 from llmtrain_kernels.bench.causal_conv import candidates
 from llmtrain_kernels.causal_conv import causal_conv, fused
-from llmtrain_kernels.causal_conv.fused import launch_backward, launch_forward, spans, units
-from offline import DEVICE, INTERPRETED, compile_for_hopper, hosts, run_in_interpreter, runs
+from llmtrain_kernels.causal_conv.fused import launch_backward, launch_forward, meta, spans, units
+from offline import (
+    DEVICE,
+    INTERPRETED,
+    MEASURED,
+    compile_for_hopper,
+    hosts,
+    run_in_interpreter,
+    runs,
+)
 
 pytest.importorskip("triton")
 
@@ -275,18 +283,17 @@ VARIANTS = {
 
 
 def pinned_entries():
-    read = tomllib.loads((launch.FOLDER / "h100.toml").read_text(encoding="utf-8"))
-    for direction in ("fwd", "bwd"):
-        for entry in read[f"causal_conv_{direction}"]:
-            yield direction, entry
+    for device, direction in itertools.product(MEASURED, ("fwd", "bwd")):
+        for entry in launch.tables(device)[f"causal_conv_{direction}"]:
+            yield device, direction, entry
 
 
 @hosts
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize(("direction", "entry"), pinned_entries())
-def test_registers_suffice(direction, entry, variant):
-    """On an H100, bfloat16 with float32 weights: rows move 8 or 16 bytes a thread at once, and all
-    that a thread works with stays in registers, but for a few addresses where there is a state."""
+@pytest.mark.parametrize(("device", "direction", "entry"), pinned_entries())
+def test_registers_suffice(device, direction, entry, variant):
+    """bfloat16 with float32 weights: rows move 8 or 16 bytes a thread at once, and all
+    that a thread works with stays in registers."""
     from llmtrain_kernels.causal_conv import kernels
 
     kernel = getattr(kernels, f"causal_conv_{direction}_kernel")
@@ -294,29 +301,28 @@ def test_registers_suffice(direction, entry, variant):
     types |= dict.fromkeys(("p_x", "p_y", "p_dy", "p_dx"), "*bf16")
     types |= dict.fromkeys(("p_state", "p_last", "p_dlast", "p_dstate"), "*bf16")
     types |= dict.fromkeys(("p_weight", "p_bias", "p_sums"), "*fp32") | {"p_ids": "*i32"}
-    sizes = {"W": 4, "SILU": True, "ALIGN": 8}
-    sizes |= {"BLOCK_D": entry["block_d"], "ROWS": entry["rows"], "STAGES": entry["num_stages"]}
+    sizes = {"W": 4, "SILU": True, "ALIGN": 8, **meta(entry, 4, state=variant == "state")}
+    limits = {name: sizes.pop(name) for name in ("num_warps", "maxnreg")}
     names = {parameter.name for parameter in kernel.params}
     facts = compile_for_hopper(
         kernel,
         types,
         {k: v for k, v in {**sizes, **VARIANTS[variant]}.items() if k in names},
-        num_warps=entry["num_warps"],
-        maxnreg=entry["maxnreg"],
+        **limits,
     )
-    assert facts.spilled <= (32 if variant == "state" else 0)
-    assert facts.registers <= entry["maxnreg"]
+    assert facts.spilled == 0
+    assert facts.registers <= limits["maxnreg"]
     elements = entry["block_d"] // (32 * entry["num_warps"])
     assert f"ld.global.v{elements // 2}.b32" in facts.ptx
     assert f"st.global.v{elements // 2}.b32" in facts.ptx
 
 
 @hosts
-def test_registers_of_the_second_reduction():
+@pytest.mark.parametrize("device", MEASURED)
+def test_registers_of_the_second_reduction(device):
     from llmtrain_kernels.causal_conv.kernels import causal_conv_bwd_sum_kernel as kernel
 
-    read = tomllib.loads((launch.FOLDER / "h100.toml").read_text(encoding="utf-8"))
-    for entry in read["causal_conv_bwd_sum"]:
+    for entry in launch.tables(device)["causal_conv_bwd_sum"]:
         sizes = {"W": 4, "BLOCK_N": entry["block_n"], "BLOCK_D": entry["block_d"]}
         types = {
             "p_sums": "*fp32",

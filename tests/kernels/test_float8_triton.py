@@ -5,7 +5,7 @@ import torch
 from llmtrain_kernels.float8 import E4M3, E5M2, both_layouts, float8_linear, quantise
 from llmtrain_kernels.float8.quantise import cast_both, launch_cast, quantise_weight
 from llmtrain_kernels.launch import tables
-from offline import DEVICE, TYPES, compile_for_hopper, hosts, run_in_interpreter, runs
+from offline import DEVICE, TABLES, TYPES, compile_for_hopper, hosts, run_in_interpreter, runs
 
 pytest.importorskip("triton")
 
@@ -83,7 +83,7 @@ def test_what_is_no_number_stays_so():
 
 
 @hosts
-@pytest.mark.parametrize("device", ["default", "h100"])
+@pytest.mark.parametrize("device", TABLES)
 @pytest.mark.parametrize(("given", "made"), [("bfloat16", "fp8e4nv"), ("float32", "fp8e5")])
 def test_registers_suffice(device, given, made):
     from llmtrain_kernels.float8.kernels import cast_both_kernel

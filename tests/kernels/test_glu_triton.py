@@ -6,7 +6,15 @@ import torch
 from llmtrain_kernels import launch
 from llmtrain_kernels.glu import ACTIVATIONS, cost, glu
 from llmtrain_kernels.glu.fused import forward, run_backward, run_forward
-from offline import DEVICE, INTERPRETED, compile_for_hopper, hosts, run_in_interpreter, runs
+from offline import (
+    DEVICE,
+    INTERPRETED,
+    TABLES,
+    compile_for_hopper,
+    hosts,
+    run_in_interpreter,
+    runs,
+)
 
 pytest.importorskip("triton")
 
@@ -175,7 +183,7 @@ def test_on_a_gpu(activation, dtype):
 
 
 @hosts
-@pytest.mark.parametrize("device", ["h100", "default"])
+@pytest.mark.parametrize("device", TABLES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("hidden", [5632, 14336])
 def test_registers_suffice(hidden, activation, device):

@@ -12,7 +12,15 @@ from llmtrain_kernels.linear_cross_entropy.chunked import (
     rows_by_triton,
     scale_by_triton,
 )
-from offline import DEVICE, INTERPRETED, compile_for_hopper, hosts, run_in_interpreter, runs
+from offline import (
+    DEVICE,
+    INTERPRETED,
+    TABLES,
+    compile_for_hopper,
+    hosts,
+    run_in_interpreter,
+    runs,
+)
 
 pytest.importorskip("triton")
 
@@ -247,7 +255,7 @@ def test_compiles_as_one_graph(upstream):
 @hosts
 @pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
 @pytest.mark.parametrize("capped", [False, True])
-@pytest.mark.parametrize("device", ["default", "h100"])
+@pytest.mark.parametrize("device", TABLES)
 def test_registers_suffice(device, capped, dtype):
     """Every pinned entry: nothing spilled, 16 bytes a load and a store, threads exchange twice a
     row (the maximum and the sum, two barriers each, and one before)."""

@@ -13,7 +13,15 @@ from llmtrain_kernels.muon import (
     op,
     symmetric_matmul,
 )
-from offline import DEVICE, INTERPRETED, compile_for_hopper, hosts, run_in_interpreter, runs
+from offline import (
+    DEVICE,
+    INTERPRETED,
+    TABLES,
+    compile_for_hopper,
+    hosts,
+    run_in_interpreter,
+    runs,
+)
 
 pytest.importorskip("triton")
 
@@ -267,7 +275,7 @@ def test_passes_in_a_cuda_graph():
 
 
 @hosts
-@pytest.mark.parametrize("device", ["h100", "default"])
+@pytest.mark.parametrize("device", TABLES)
 def test_lists_compiled_for_hopper(device):
     from llmtrain_kernels.muon.kernels import KINDS, apply_kernel, momentum_kernel
 
@@ -289,7 +297,7 @@ def test_lists_compiled_for_hopper(device):
 @pytest.mark.parametrize("last", [True, False])
 @pytest.mark.parametrize("inner", ["r", "c"])
 @pytest.mark.parametrize("even", [True, False])
-@pytest.mark.parametrize("device", ["h100", "default"])
+@pytest.mark.parametrize("device", TABLES)
 def test_symmetric_matmul_compiled_for_hopper(device, even, inner, last):
     """Tensor cores by warp groups from shared memory, for rows and for columns in order."""
     from llmtrain_kernels.muon.kernels import symmetric_matmul_kernel

@@ -11,7 +11,15 @@ from llmtrain_kernels import norm
 from llmtrain_kernels.bench import norm as bench
 from llmtrain_kernels.launch import pinned, tables
 from llmtrain_kernels.norm import fused
-from offline import DEVICE, INTERPRETED, compile_for_hopper, hosts, run_in_interpreter, runs
+from offline import (
+    DEVICE,
+    INTERPRETED,
+    MEASURED,
+    compile_for_hopper,
+    hosts,
+    run_in_interpreter,
+    runs,
+)
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
@@ -314,18 +322,18 @@ def test_same_under_activation_checkpointing():
 
 
 ENTRIES = [
-    (name, entry.get("up_to", fused.WIDEST))
-    for name, entries in tables("h100").items()
+    (device, name, entry.get("up_to", fused.WIDEST))
+    for device in MEASURED
+    for name, entries in tables(device).items()
     if "norm" in name and name != "norm_sum"
     for entry in entries
 ]
 
 
-def compiled(name, width, form, config=None):
-    """Facts of a table's kernel for contiguous bfloat16 rows of that width and float32 gains."""
+def compiled(name, width, form, config):
+    """Facts of a kernel for contiguous bfloat16 rows of that width and float32 gains."""
     from llmtrain_kernels.norm import kernels
 
-    config = config or pinned(name, "h100", width)
     tiled, backward = fused.tile(width, config), name.endswith("bwd")
     given = dict.fromkeys(("p_x", "p_y", "p_dy", "p_dx"), "*bf16")
     if "add" in form:
@@ -348,17 +356,18 @@ def compiled(name, width, form, config=None):
     constants |= {key: value for key, value in tiled.items() if key != "num_warps"}
     warps = {"num_warps": tiled["num_warps"], "num_stages": tiled["STAGES"]}
     constants = {n: value for n, value in constants.items() if n in names}
-    return compile_for_hopper(kernel, types, constants, divisible=outer, **warps), config
+    return compile_for_hopper(kernel, types, constants, divisible=outer, **warps)
 
 
 @hosts
-@pytest.mark.parametrize(("name", "width"), ENTRIES)
-def test_registers_suffice(name, width):
+@pytest.mark.parametrize(("device", "name", "width"), ENTRIES)
+def test_registers_suffice(device, name, width):
     """No spills, but for gradients of the widest rows, and 16 bytes at a time of every row."""
     forms = {"norm": ["rms"], "layer": ["layer_bias"], "add": ["add"]}
     forms["gated"] = ["gate_first", "gate_last"]
+    config = pinned(name, device, width)
     for form in forms[name.split("_")[0]]:
-        facts, config = compiled(name, width, form)
+        facts = compiled(name, width, form, config)
         assert facts.spilled == 0 or (width == fused.WIDEST and name.endswith("bwd")), form
         moved = re.findall(r"(?:cp\.async\.cg|(?:ld|st)\.global\S*\.v4)", facts.ptx)
         assert len(moved) >= 2 * config["rows"] * width / 8 / (32 * config["num_warps"]), form
@@ -371,7 +380,7 @@ def test_rows_do_not_wait_for_gains(form):
     is no more than a sum a warp."""
     name = {"rms": "norm_fwd", "layer_bias": "layer_norm_fwd", "gate_first": "gated_norm_fwd"}[form]
     config = {"rows": 1, "programs": 0, "num_warps": 4, "num_stages": 1}
-    facts, _ = compiled(name, 4096, form, config)
+    facts = compiled(name, 4096, form, config)
     reads = re.findall(r"ld\.global\S*(evict_\w+)", facts.ptx)
     assert set(reads) == {"evict_first", "evict_last"}
     assert reads == sorted(reads)
@@ -399,10 +408,11 @@ def each(width, config):
 
 
 @hosts
-def test_sum_of_partials_compiles():
+@pytest.mark.parametrize("device", MEASURED)
+def test_sum_of_partials_compiles(device):
     from llmtrain_kernels.norm.kernels import norm_sum_kernel
 
-    config = dict(pinned("norm_sum", "h100", 4096))
+    config = dict(pinned("norm_sum", device, 4096))
     constants = {"p_dbias": None, "D": 4096, "ROWS": config["rows"], "BLOCK": config["block"]}
     types = {"p_partial": "*fp32", "p_dweight": "*fp32", "programs": "i32"}
     facts = compile_for_hopper(norm_sum_kernel, types, constants, num_warps=config["num_warps"])

@@ -6,7 +6,15 @@ import torch
 from llmtrain_kernels import launch
 from llmtrain_kernels.rope import cost, rope
 from llmtrain_kernels.rope.fused import Turned, in_rows, run, turned
-from offline import DEVICE, INTERPRETED, compile_for_hopper, hosts, run_in_interpreter, runs
+from offline import (
+    DEVICE,
+    INTERPRETED,
+    TABLES,
+    compile_for_hopper,
+    hosts,
+    run_in_interpreter,
+    runs,
+)
 
 pytest.importorskip("triton")
 
@@ -236,16 +244,16 @@ WIDE = ("q_row", "q_token", "q_head", "k_row", "k_token", "k_head", "angle_row")
 
 @hosts
 @pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("device", TABLES)
 @pytest.mark.parametrize(
-    ("device", "heads", "groups", "widths", "half", "start"),
+    ("heads", "groups", "widths", "half", "start"),
     [
-        ("h100", 32, 8, (128, 128), 64, 0),
-        ("h100", 16, 8, (128, 128), 64, 0),
-        ("h100", 12, 4, (64, 64), 32, 0),
-        ("h100", 32, 8, (128, 128), 16, 0),
-        ("h100", 128, 1, (192, 64), 32, 128),
-        ("h100", 8, 8, (256, 256), 128, 0),
-        ("default", 32, 8, (128, 128), 64, 0),
+        (32, 8, (128, 128), 64, 0),
+        (16, 8, (128, 128), 64, 0),
+        (12, 4, (64, 64), 32, 0),
+        (32, 8, (128, 128), 16, 0),
+        (128, 1, (192, 64), 32, 128),
+        (8, 8, (256, 256), 128, 0),
     ],
 )
 def test_registers_suffice(device, heads, groups, widths, half, start, interleaved):

@@ -13,6 +13,7 @@ from llmtrain_kernels.launch import launch
 
 WINDOWS = range(1, 9)
 MOST_REGISTERS = 255  # of a thread; the hardware's limit
+STATE_REGISTERS = 16  # more than without a state
 ALIGNMENTS = (8, 4, 2, 1)  # elements; 8 of bfloat16 are the most that a thread moves at once
 
 
@@ -81,20 +82,22 @@ def launch_forward(
             W=weight_DW.shape[1],
             SILU=silu,
             ALIGN=align,
-            **meta(config, weight_DW.shape[1]),
+            **meta(config, weight_DW.shape[1], state=state_BWD is not None or want_state),
         )
     return y_BTD, last_BWD
 
 
-def meta(config: dict[str, int], window: int) -> dict[str, int]:
+def meta(config: dict[str, int], window: int, *, state: bool) -> dict[str, int]:
     """What the two large kernels take of a configuration: without `programs`, for spans().
-    maxnreg: registers of a thread, for windows of up to 4; wider ones have more to hold."""
+    maxnreg: registers of a thread, for windows of up to 4; wider ones have more to hold, and so
+    has a state: addresses."""
+    registers = config["maxnreg"] + (STATE_REGISTERS if state else 0)
     return {
         "BLOCK_D": config["block_d"],
         "ROWS": config["rows"],
         "STAGES": config["num_stages"],
         "num_warps": config["num_warps"],
-        "maxnreg": config["maxnreg"] if window <= 4 else MOST_REGISTERS,
+        "maxnreg": min(registers, MOST_REGISTERS) if window <= 4 else MOST_REGISTERS,
     }
 
 
@@ -151,7 +154,7 @@ def launch_backward(
             W=window,
             SILU=silu,
             ALIGN=align,
-            **meta(config, window),
+            **meta(config, window, state=state_BWD is not None or dlast_BWD is not None),
         )
     launch_sums(sums_NWD, dweight_DW, None if bias_D is None else dbias_D, sum_config)
     return gradients

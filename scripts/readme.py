@@ -1,5 +1,5 @@
 """Writes the parts of README.md that follow from the files: groups, mixers, channels, stacks, tree;
-and the measured times in kernels/README.md, from the newest results/*/kernels.json.
+and the measured times in kernels/README.md, from each device's newest results/*/kernels.json.
 
     python scripts/readme.py           write them
     python scripts/readme.py --check   exit 1 when one is not up to date (tests/test_docs.py)
@@ -214,10 +214,19 @@ def measured(folder: Path) -> list[str]:
     return lines
 
 
+def newest_results() -> list[Path]:
+    """The newest folder with times of kernels of each device, the newest of all first."""
+    found = {}
+    for file in sorted(ROOT.glob("results/*/kernels.json")):
+        device = json.loads((file.parent / "machine.json").read_text(encoding="utf-8"))["device"]
+        found[device] = file.parent
+    return sorted(found.values(), reverse=True)
+
+
 def renewed_kernels(text: str) -> str:
     """kernels/README.md's text with its measured times written anew."""
-    found = sorted(file.parent for file in ROOT.glob("results/*/kernels.json"))
-    lines = measured(found[-1]) if found else ["Not measured yet."]
+    tables = [measured(folder) for folder in newest_results()]
+    lines = [line for table in tables for line in (*table, "")][:-1] or ["Not measured yet."]
     before, _, rest = text.partition("<!-- measured -->\n")
     _, end, after = rest.partition("<!-- /measured -->")
     return before + "<!-- measured -->\n\n" + "\n".join(lines) + "\n\n" + end + after

@@ -11,7 +11,16 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import torch._dynamo.testing
-from llmtrain_kernels.attention import Case, attention, choice, cudnn, cudnn_plan, select_backend
+from llmtrain_kernels.attention import (
+    Case,
+    attention,
+    choice,
+    cudnn,
+    cudnn_plan,
+    cudnn_shapes,
+    cudnn_trial,
+    select_backend,
+)
 
 H100 = Case(
     device="cuda",
@@ -25,6 +34,7 @@ H100 = Case(
     boundaries=True,
     training=True,
 )
+GIVEN = cudnn_trial.GIVEN
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
 
@@ -69,55 +79,38 @@ def by_reference(q, k, v, **arguments):
     return attention(q, k, v, backend="reference", **arguments)
 
 
-def stand_in(key, tensors, cu_seqlens):
+def stand_in(key, tensors, cu_seqlens, numbers=None):
     """What execute() does, by documents."""
-    found = cudnn_plan.operands(key)
+    found = cudnn_shapes.operands(key)
     assert list(tensors) == list(found)
-    own = [name for name in found if name not in cudnn_plan.OFFSET_OF]
+    own = [name for name in found if name not in cudnn_shapes.OFFSET_OF]
     strides = torch.tensor([[found[name].token_stride] for name in own])
-    lengths, offsets = cudnn_plan.ragged(cu_seqlens, key.documents, strides)
-    begin = dict(zip(own, offsets.tolist()))
+    made_anew = cudnn_shapes.ragged(cu_seqlens, key.documents, strides)
+    numbers = made_anew if numbers is None else numbers
+    torch.testing.assert_close(numbers, made_anew, rtol=0, atol=0)
+    *offsets, lengths, _ = (x.tolist() for x in numbers)
+    begin = dict(zip(own, offsets))
 
     def part(name, n):
         x, tensor = found[name], tensors[name]
-        offset = tensor.storage_offset() + begin[cudnn_plan.OFFSET_OF.get(name, name)][n]
+        offset = tensor.storage_offset() + begin[cudnn_shapes.OFFSET_OF.get(name, name)][n]
         size, stride = (lengths[n], x.heads, x.width), (x.token_stride, x.width, 1)
         return tensor.as_strided(size, stride, offset)
 
-    for n, length in enumerate(lengths.tolist()):
+    for n, length in enumerate(lengths):
         assert length <= key.longest
         if length == 0:
             continue
         given = {name: part(name, n) for name in found}
-        o, lse, *made = one_document(key, given["q"], given["k"], given["v"], given.get("do"))
-        if not key.backward:
-            given["o"].copy_(o)
-            given["lse"].copy_(lse)
-            continue
-        torch.testing.assert_close(given["o"], o, **EXACT)
-        torch.testing.assert_close(given["lse"], lse, rtol=1e-5, atol=1e-5)
-        for name, gradient in zip(("dq", "dk", "dv"), made):
-            given[name].copy_(gradient)
-
-
-def one_document(key, q, k, v, do):
-    """o, lse and, if do is given, dq, dk, dv, written out: no gradients are recorded in here."""
-    r = key.heads // key.groups
-    k_all, v_all = (x.repeat_interleave(r, dim=1) for x in (k, v))
-    scores = key.scale * torch.einsum("thk,shk->hts", q, k_all)
-    if key.causal:
-        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-        scores = scores.masked_fill(hidden, float("-inf"))
-    p = scores.softmax(-1)
-    o = torch.einsum("hts,shv->thv", p, v_all)
-    lse = scores.logsumexp(-1).mT[..., None].float()
-    if do is None:
-        return o, lse
-    dp = torch.einsum("thv,shv->hts", do, v_all)
-    ds = key.scale * p * (dp - (do * o).sum(-1).mT[..., None])
-    dk = torch.einsum("hts,thk->shk", ds, q).unflatten(1, (-1, r)).sum(2)
-    dv = torch.einsum("hts,thv->shv", p, do).unflatten(1, (-1, r)).sum(2)
-    return o, lse, torch.einsum("hts,shk->thk", ds, k_all), dk, dv
+        made = cudnn_trial.exact(key, {name: given[name] for name in found if name in GIVEN})
+        if key.backward:
+            torch.testing.assert_close(
+                given["o"], made["o"], **(EXACT if key.dtype == torch.float64 else {})
+            )
+            torch.testing.assert_close(given["lse"], made["lse"].float(), rtol=1e-5, atol=1e-5)
+        for name in ("dq", "dk", "dv") if key.backward else ("o", "lse"):
+            given[name].copy_(made[name])
+    return numbers
 
 
 @pytest.fixture
@@ -125,9 +118,9 @@ def executed(monkeypatch):
     """Keys of plans that the stand-in executed."""
     keys = []
 
-    def execute(key, tensors, cu_seqlens):
+    def execute(key, *given):
         keys.append(key)
-        stand_in(key, tensors, cu_seqlens)
+        return stand_in(key, *given)
 
     monkeypatch.setattr(cudnn_plan, "execute", execute)
     return keys
@@ -163,7 +156,7 @@ def test_widths_and_layouts(executed):
 
 def test_addressable():
     x = torch.zeros(3, 2, 16, dtype=torch.bfloat16)
-    assert cudnn_plan.addressable(x) is x
+    assert cudnn_shapes.addressable(x) is x
     others = [
         x.transpose(1, 2),
         torch.zeros(3, 1, 16, dtype=torch.bfloat16).expand(3, 2, 16),
@@ -172,24 +165,75 @@ def test_addressable():
         torch.zeros(3, 6, 16, dtype=torch.bfloat16)[:, 2:4],  # of one projection
     ]
     for other in others:
-        made = cudnn_plan.addressable(other)
+        made = cudnn_shapes.addressable(other)
         assert made.is_contiguous()
         assert made.data_ptr() != other.data_ptr()
 
 
 def test_operators_are_registered_well(executed):
     """Fakes, schemas and the gradient, as torch.compile will take them."""
-    qkv = [x.flatten(0, 1).detach().requires_grad_() for x in inputs(1, 12, 4, 2, 32, 16)]
-    boundaries = torch.tensor([0, 5, 12], dtype=torch.int32)
-    how = (boundaries, 7, 12, True, 0.2)
+    qkv = [x.requires_grad_() for x in inputs(2, 6, 4, 2, 32, 16)]
+    boundaries = torch.tensor([0, 5, 6, 12], dtype=torch.int32)
+    how = (boundaries, 6, True, 0.2)
     tests = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
         cudnn.forward, (*qkv, *how), test_utils=(*tests, "test_aot_dispatch_dynamic")
     )
     o, lse = cudnn.forward(*qkv, *how)
-    assert (lse.dtype, lse.shape, lse.requires_grad) == (torch.float32, (12, 4, 1), False)
+    assert (lse.dtype, lse.shape, lse.requires_grad) == (torch.float32, (2, 6, 4, 1), False)
     given = [x.detach() for x in (torch.ones_like(o), *qkv, o, lse)]
     torch.library.opcheck(cudnn.backward, (*given, *how), test_utils=tests)
+
+
+@pytest.mark.parametrize("projection", [False, True])
+def test_operators_and_plain_calls_agree(executed, projection):
+    qkv = inputs(2, 6, 4, 2, projection=projection)
+    how = (torch.tensor([0, 5, 6, 12], dtype=torch.int32), 6, True, 0.2)
+    results = []
+    for call in (cudnn.forward, cudnn.Attended.apply):
+        leaves = [x.detach().requires_grad_() for x in qkv]
+        o, lse = call(*leaves, *how)
+        assert not lse.requires_grad
+        do = torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view(o.shape)
+        results.append([o, lse, *torch.autograd.grad(o, leaves, do)])
+        with torch.no_grad():
+            results[-1] += call(*leaves, *how)
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("call", [cudnn.forward, cudnn.Attended.apply])
+def test_has_no_second_derivatives(executed, call):
+    """An error, where a part of a sum might have been left out."""
+    leaves = [x.requires_grad_() for x in inputs(1, 12, 4, 2)]
+    o, _ = call(*leaves, torch.tensor([0, 5, 12], dtype=torch.int32), 7, True, 0.2)
+    do = torch.ones_like(o).requires_grad_()
+
+    def twice():
+        made = torch.autograd.grad(o, leaves, do, create_graph=True)
+        torch.autograd.grad(sum(x.sum() for x in (do, *made)), do)
+
+    with pytest.raises(RuntimeError, match=r"no autograd formula|has no second derivatives"):
+        twice()
+
+
+def test_copies_and_numbers_are_made_once(monkeypatch):
+    """The backward pass of a plain call takes those of the forward pass."""
+    made = []
+    addressable = cudnn_shapes.addressable
+
+    def counted(x):
+        y = addressable(x)
+        made.extend([] if y is x else ["copy"])
+        return y
+
+    def told(key, tensors, cu_seqlens, numbers=None):
+        made.extend(["numbers"] if numbers is None else [])
+        return stand_in(key, tensors, cu_seqlens, numbers)
+
+    monkeypatch.setattr(cudnn_shapes, "addressable", counted)
+    monkeypatch.setattr(cudnn_plan, "execute", told)
+    with_gradients(cudnn.run, inputs(1, 12, 4, 2, projection=True), **documents([5, 7], 1))
+    assert made == ["copy"] * 3 + ["numbers"]
 
 
 def test_compiles_for_any_documents(executed):
@@ -205,18 +249,55 @@ def test_compiles_for_any_documents(executed):
     assert counter.frame_count <= 3
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("bound", [128, 512])
+def test_a_plan_that_is_right_passes_its_trial(backward, causal, bound):
+    tried = key(backward=backward, causal=causal)._replace(dtype=torch.float32, longest=bound)
+    seen = []
+
+    def run(tensors, cu_seqlens):
+        seen.extend(cu_seqlens.tolist())
+        return stand_in(tried, tensors, cu_seqlens)
+
+    cudnn_trial.trial(tried, run, torch.device("cpu"))
+    assert seen == [0, *((300, 301, 364) if bound == 512 else (128, 129, 192))]
+    least = tried._replace(tokens=128 if backward else 0)
+    cudnn_trial.trial(least, run, torch.device("cpu"))
+    assert not backward or seen[-1] <= 128
+
+
+@pytest.mark.parametrize("wrong", ["o", "lse", "dq", "dk", "dv"])
+@pytest.mark.parametrize("fault", ["nan", "left", "another head's", "off"])
+def test_a_plan_that_is_wrong_is_refused(wrong, fault):
+    tried = key(backward=wrong.startswith("d"))._replace(dtype=torch.float32)
+
+    def run(tensors, cu_seqlens):
+        stand_in(tried, tensors, cu_seqlens)
+        x = tensors[wrong]
+        x.copy_({"nan": x * torch.nan, "left": 0 * x, "off": x * 1.00001}.get(fault, x.roll(1, 2)))
+
+    with pytest.raises(RuntimeError, match=f"a plan of cuDNN .*{wrong} .*mixer.backend=varlen"):
+        cudnn_trial.trial(tried, run, torch.device("cpu"))
+
+
 def test_offsets():
     """Wider than int32, 16 bytes apart, and empty documents at the end of the tokens."""
     boundaries = torch.tensor([0, 7, 1 << 20, 1 << 20], dtype=torch.int32)
-    lengths, offsets = cudnn_plan.ragged(boundaries, 8, torch.tensor([[1 << 14], [3]]))
-    assert (lengths.dtype, offsets.dtype) == (torch.int32, torch.int64)
-    assert lengths.tolist() == [7, (1 << 20) - 7] + [0] * 6
-    assert offsets.tolist() == [[0, 7 * s] + [s << 20] * 8 for s in (1 << 14, 3)]
-    assert offsets.stride(0) * offsets.element_size() % 16 == 0
+    *offsets, q_lengths, k_lengths = cudnn_shapes.ragged(
+        boundaries, 8, torch.tensor([[1 << 14], [3]])
+    )
+    assert q_lengths is k_lengths
+    assert q_lengths.dtype == torch.int32
+    assert q_lengths.tolist()[:8] == [7, (1 << 20) - 7] + [0] * 6
+    for s, x in zip((1 << 14, 3), offsets, strict=True):
+        assert x.dtype == torch.int64
+        assert x.tolist() == [0, 7 * s] + [s << 20] * 8
+        assert x.storage_offset() * x.element_size() % 16 == 0
 
 
 def test_bounds_are_rounded():
-    assert [cudnn_plan.power_of_two(n, 16) for n in (1, 16, 17, 64, 65)] == [16, 16, 32, 64, 128]
+    assert [cudnn_shapes.power_of_two(n, 16) for n in (1, 16, 17, 64, 65)] == [16, 16, 32, 64, 128]
     rows = {
         (700, 4096): 1024,
         (4096, 4096): 4096,
@@ -224,23 +305,23 @@ def test_bounds_are_rounded():
         (1, 19): 128,
         (600, 600): 640,
     }
-    assert {args: cudnn_plan.rounded_longest(*args) for args in rows} == rows
+    assert {args: cudnn_shapes.rounded_longest(*args) for args in rows} == rows
     for tokens in (1, 128, 129, 16384, 16385, 99999, 1 << 20):
-        rounded = cudnn_plan.rounded_tokens(tokens)
+        rounded = cudnn_shapes.rounded_tokens(tokens)
         assert tokens <= rounded <= max(128, tokens * 9 / 8 + 128)
-    assert len({cudnn_plan.rounded_tokens(n) for n in range(1, 1 << 17)}) <= 8 * 8
+    assert len({cudnn_shapes.rounded_tokens(n) for n in range(1, 1 << 17)}) <= 8 * 8
 
 
-def key(documents=20, longest=500, row=4096, tokens=8192, *, heads=4, backward=False, **how):
+def key(documents=20, longest=500, rows=2, row=4096, *, heads=4, backward=False, **how):
     how = {"causal": True, "scale": 0.125, **how}
-    q, k = (torch.zeros(tokens, n, 64, dtype=torch.bfloat16, device="meta") for n in (heads, 2))
+    q, k = (torch.zeros(rows, row, n, 64, dtype=torch.bfloat16, device="meta") for n in (heads, 2))
     boundaries = torch.zeros(documents + 1, dtype=torch.int32, device="meta")
-    return cudnn_plan.make_key(q, k, k, boundaries, longest, row, backward=backward, **how)
+    return cudnn_shapes.make_key(q, k, k, boundaries, longest, backward=backward, **how)
 
 
 def test_plans_are_few():
-    assert key() == key(documents=32, longest=257, tokens=4096)
-    assert key(backward=True) == key(documents=17, tokens=8191, backward=True)
+    assert key() == key(documents=32, longest=257, rows=1)
+    assert key(backward=True) == key(documents=17, rows=1, row=8191, backward=True)
     changes = [{"documents": 33}, {"longest": 513}, {"heads": 8}, {"scale": 0.1}, {"causal": False}]
     assert len({key(), key(backward=True), *(key(**change) for change in changes)}) == 7
     seen = {key(n, longest, backward=True) for n in range(1, 4097, 5) for longest in (1, 999, 4096)}
@@ -312,13 +393,13 @@ def test_graphs(package, backward, causal):
     told = {x.told["uid"]: x.told for x in package.tensors}
     names = cudnn_plan.uids(described)
     assert set(told) == set(names.values())
-    for name, operand in cudnn_plan.operands(described).items():
+    for name, operand in cudnn_shapes.operands(described).items():
         x = told[names[name]]
         assert x["dim"] == [32, operand.heads, 512, operand.width]
         assert x["stride"] == [512 * operand.token_stride, operand.width, operand.token_stride, 1]
         assert x["data_type"] == ("FLOAT" if name == "lse" else "BFLOAT16")
         offsets = x["ragged_offset"].told
-        assert offsets["uid"] == names[f"{cudnn_plan.OFFSET_OF.get(name, name)} offsets"]
+        assert offsets["uid"] == names[f"{cudnn_shapes.OFFSET_OF.get(name, name)} offsets"]
         assert (offsets["dim"], offsets["data_type"]) == ([33, 1, 1, 1], "INT64")
     (options,) = package.calls
     assert options["use_padding_mask"] is True
@@ -480,18 +561,14 @@ def test_options_against_float64(options, width):
 
 @pytest.mark.parametrize("bound", [gpu(512), gpu(2048), gpu(8192)])
 @pytest.mark.parametrize("empty", [0, 61, 509])
-def test_wide_bounds_change_nothing(bound, empty):
+def test_wide_bounds_change_nothing(bound, empty, monkeypatch):
     """The forward pass to the bit; the sums of the backward pass have no fixed order."""
     lengths = [300, 7, 205]
     qkv, arguments = on_device(inputs(1, 512, 4, 2, 64), documents(lengths, 1), torch.bfloat16)
     expected = with_gradients(named, qkv, **arguments)
-    ends = documents(lengths, 1, empty)["cu_seqlens"].cuda()
-
-    def widely(q, k, v):
-        flat = (x.flatten(0, 1) for x in (q, k, v))
-        return cudnn.forward(*flat, ends, bound, bound, True, 0.125)[0].view(q.shape)
-
-    got = with_gradients(widely, qkv)
+    arguments["cu_seqlens"] = documents(lengths, 1, empty)["cu_seqlens"].cuda()
+    monkeypatch.setattr(cudnn_shapes, "rounded_longest", lambda *_: bound)
+    got = with_gradients(named, qkv, **arguments)
     torch.testing.assert_close(got[0], expected[0], rtol=0, atol=0)
     torch.testing.assert_close(got[1:], expected[1:], rtol=2**-6, atol=1e-3)
 

@@ -1,26 +1,29 @@
 """cuDNN's attention over packed documents, by NVIDIA's package nvidia-cudnn-frontend (optional).
 
-Rows are flattened to one sequence of B*T tokens with boundaries cu_seqlens, as in varlen.py. On
+Plans see the rows as one sequence of B*T tokens with boundaries cu_seqlens, as in varlen.py. On
 Hopper cuDNN's kernels are 1.7 times as fast as the FlashAttention-2 ones that varlen.py takes, and
 sdpa.py has them for dense rows. torch's own operator with boundaries builds its plan at every call
 (42 ms); here plans are kept: cudnn_plan.py, which says how few they are. Build them before a CUDA
 graph is captured, by running the step once.
 
-Saved for the backward pass: q, k, v, o and, in float32, the log of the sums of the softmax (4 H
-bytes a token). dq is a sum of atomic additions, in no fixed order.
+Saved for the backward pass: q, k, v (of views, the copies that the plan reads), o and, in float32,
+the log of the sums of the softmax (4 H bytes a token). dq is a sum of atomic additions, in no fixed
+order.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from importlib.util import find_spec
 from operator import index
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from llmtrain_kernels.attention import cudnn_plan
+from llmtrain_kernels.attention import cudnn_plan, cudnn_shapes
 from llmtrain_kernels.attention.case import Case
+from llmtrain_kernels.attention.cudnn_shapes import Numbers
 from llmtrain_kernels.attention.sdpa import CUDNN_MAJORS
 
 INSTALLED = find_spec("cudnn") is not None
@@ -57,88 +60,136 @@ def unsupported(case: Case) -> str | None:
     return None
 
 
-@torch.library.custom_op("llmtrain::cudnn_attention", mutates_args=())
-def forward(
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    v_TGV: Tensor,
+def attend(
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGV: Tensor,
     cu_seqlens: Tensor,
     longest: int,
-    row: int,
     causal: bool,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """(o_THV, lse_TH1). row: tokens of a row; longest and row bound the longest document."""
-    q, k, v = (cudnn_plan.addressable(x) for x in (q_THK, k_TGK, v_TGV))
-    key = cudnn_plan.make_key(q, k, v, cu_seqlens, longest, row, causal, scale, backward=False)
-    o_THV, lse_TH1 = results(q_THK, v_TGV)
-    tensors = {"q": q, "k": k, "v": v, "o": o_THV, "lse": lse_TH1}
-    cudnn_plan.execute(key, tensors, cu_seqlens)
-    return o_THV, lse_TH1
+) -> tuple[tuple[Tensor, Tensor], Numbers]:
+    """((o_BTHV, lse_BTH1), numbers for attend_backward()). longest bounds the longest document, as
+    a row does."""
+    q, k, v = (cudnn_shapes.addressable(x) for x in (q_BTHK, k_BTGK, v_BTGV))
+    key = cudnn_shapes.make_key(q, k, v, cu_seqlens, longest, causal, scale, backward=False)
+    o_BTHV, lse_BTH1 = results(q, v)
+    tensors = {"q": q, "k": k, "v": v, "o": o_BTHV, "lse": lse_BTH1}
+    return (o_BTHV, lse_BTH1), cudnn_plan.execute(key, tensors, cu_seqlens)
 
 
-def results(q_THK: Tensor, v_TGV: Tensor) -> tuple[Tensor, Tensor]:
+def results(q_BTHK: Tensor, v_BTGV: Tensor) -> tuple[Tensor, Tensor]:
     """(o, lse), not filled."""
-    tokens, heads, _ = q_THK.shape
-    o_THV = q_THK.new_empty(tokens, heads, v_TGV.shape[2])
-    return o_THV, q_THK.new_empty(tokens, heads, 1, dtype=torch.float32)
+    heads = q_BTHK.shape[:3]
+    o_BTHV = q_BTHK.new_empty(*heads, v_BTGV.shape[3])
+    return o_BTHV, q_BTHK.new_empty(*heads, 1, dtype=torch.float32)
 
 
-@forward.register_fake
-def _(q_THK, k_TGK, v_TGV, cu_seqlens, longest, row, causal, scale):
-    return results(q_THK, v_TGV)
-
-
-@torch.library.custom_op("llmtrain::cudnn_attention_backward", mutates_args=())
-def backward(
-    do_THV: Tensor,
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    v_TGV: Tensor,
-    o_THV: Tensor,
-    lse_TH1: Tensor,
+def attend_backward(
+    do_BTHV: Tensor,
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGV: Tensor,
+    o_BTHV: Tensor,
+    lse_BTH1: Tensor,
     cu_seqlens: Tensor,
     longest: int,
-    row: int,
     causal: bool,
     scale: float,
+    numbers: Numbers | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dq_THK, dk_TGK, dv_TGV)"""
-    q, k, v = (cudnn_plan.addressable(x) for x in (q_THK, k_TGK, v_TGV))
-    key = cudnn_plan.make_key(q, k, v, cu_seqlens, longest, row, causal, scale, backward=True)
-    do = cudnn_plan.addressable(do_THV)
-    made = gradient_buffers(q_THK, k_TGK, v_TGV)
-    tensors = {"q": q, "k": k, "v": v, "o": o_THV, "lse": lse_TH1, "do": do}
+    """(dq_BTHK, dk_BTGK, dv_BTGV). numbers: those of attend(); None makes them anew."""
+    q, k, v, do = (cudnn_shapes.addressable(x) for x in (q_BTHK, k_BTGK, v_BTGV, do_BTHV))
+    key = cudnn_shapes.make_key(q, k, v, cu_seqlens, longest, causal, scale, backward=True)
+    made = gradient_buffers(q, k, v)
+    tensors = {"q": q, "k": k, "v": v, "o": o_BTHV, "lse": lse_BTH1, "do": do}
     tensors |= zip(("dq", "dk", "dv"), made)
-    cudnn_plan.execute(key, tensors, cu_seqlens)
+    cudnn_plan.execute(key, tensors, cu_seqlens, numbers)
     return made
 
 
 def gradient_buffers(*of: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in of)
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in of)
+
+
+@torch.library.custom_op("llmtrain::cudnn_attention", mutates_args=())
+def forward(
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGV: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return attend(q_BTHK, k_BTGK, v_BTGV, cu_seqlens, longest, causal, scale)[0]
+
+
+@forward.register_fake
+def _(q_BTHK, k_BTGK, v_BTGV, cu_seqlens, longest, causal, scale):
+    return results(q_BTHK, v_BTGV)
+
+
+@torch.library.custom_op("llmtrain::cudnn_attention_backward", mutates_args=())
+def backward(
+    do_BTHV: Tensor,
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGV: Tensor,
+    o_BTHV: Tensor,
+    lse_BTH1: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    saved = q_BTHK, k_BTGK, v_BTGV, o_BTHV, lse_BTH1, cu_seqlens
+    return attend_backward(do_BTHV, *saved, longest, causal, scale)
 
 
 @backward.register_fake
-def _(do_THV, q_THK, k_TGK, v_TGV, o_THV, lse_TH1, cu_seqlens, longest, row, causal, scale):
-    return gradient_buffers(q_THK, k_TGK, v_TGV)
+def _(do_BTHV, q_BTHK, k_BTGK, v_BTGV, o_BTHV, lse_BTH1, cu_seqlens, longest, causal, scale):
+    return gradient_buffers(q_BTHK, k_BTGK, v_BTGV)
 
 
 def setup_context(ctx, inputs, output) -> None:
-    *saved, longest, row, causal, scale = inputs
-    o_THV, lse_TH1 = output
+    *qkv, cu_seqlens, longest, causal, scale = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(lse_TH1)
-    ctx.how = longest, row, causal, scale
-    *qkv, cu_seqlens = saved
-    ctx.save_for_backward(*qkv, o_THV, lse_TH1, cu_seqlens)
+    ctx.mark_non_differentiable(output[1])
+    ctx.how = longest, causal, scale
+    ctx.save_for_backward(*qkv, *output, cu_seqlens)
 
 
-def gradients(ctx, do_THV, _):
-    found = (None,) * 3 if do_THV is None else backward(do_THV, *ctx.saved_tensors, *ctx.how)
-    return *found, *([None] * 5)
+def gradients(take: Callable[..., tuple[Tensor, ...]], ctx, do_BTHV, _):
+    """take: what takes backward()'s arguments."""
+    found = (None,) * 3 if do_BTHV is None else take(do_BTHV, *ctx.saved_tensors, *ctx.how)
+    return *found, None, None, None, None
 
 
-forward.register_autograd(gradients, setup_context=setup_context)
+forward.register_autograd(functools.partial(gradients, backward), setup_context=setup_context)
+
+
+class Attended(torch.autograd.Function):
+    """forward() for calls that nothing traces: of a call's time on the host the operators' layers,
+    which are Python, took more than half. The backward pass gets copies and numbers that the
+    operators make anew."""
+
+    @staticmethod
+    def forward(ctx, q_BTHK, k_BTGK, v_BTGV, *how):
+        inputs = *(cudnn_shapes.addressable(x) for x in (q_BTHK, k_BTGK, v_BTGV)), *how
+        output, numbers = attend(*inputs)
+        setup_context(ctx, inputs, output)
+        ctx.how = *ctx.how, numbers
+        return output
+
+    @staticmethod
+    def backward(ctx, *given):
+        if torch.is_grad_enabled():  # create_graph: saved copies would hide that this has none
+            raise RuntimeError(
+                "attention backend=cudnn: got a gradient to differentiate (create_graph=True), "
+                "expected none, since it has no second derivatives; set mixer.backend=reference"
+            )
+        return gradients(attend_backward, ctx, *given)
 
 
 def run(
@@ -158,14 +209,7 @@ def run(
     k_positions_BS: Tensor | None = None,
 ) -> Tensor:
     """o_BTHV. Arguments as attention(); doc_ids_BT repeats cu_seqlens, the others are not taken."""
-    o_THV, _ = forward(
-        rearrange(q_BTHK, "b t h k -> (b t) h k"),
-        rearrange(k_BSGK, "b s g k -> (b s) g k"),
-        rearrange(v_BSGV, "b s g v -> (b s) g v"),
-        cu_seqlens,
-        max_seqlen,
-        q_BTHK.shape[1],
-        causal,
-        index(q_BTHK.shape[3]) ** -0.5 if scale is None else scale,
-    )
-    return rearrange(o_THV, "(b t) h v -> b t h v", b=q_BTHK.shape[0])
+    scale = index(q_BTHK.shape[3]) ** -0.5 if scale is None else scale
+    call = forward if torch.compiler.is_compiling() else Attended.apply
+    o_BTHV, _ = call(q_BTHK, k_BSGK, v_BSGV, cu_seqlens, max_seqlen, causal, scale)
+    return o_BTHV

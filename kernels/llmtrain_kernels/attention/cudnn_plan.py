@@ -20,123 +20,17 @@ import logging
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmtrain_kernels.attention.cudnn_shapes import OFFSET_OF, Key, Numbers, operands, ragged
+from llmtrain_kernels.attention.cudnn_trial import trial
+
 log = logging.getLogger(__name__)
 
-LEAST_DOCUMENTS = 16
-LEAST_TOKENS = 128
 MANY = 32  # plans; more say that shapes vary in a way that rounding does not catch
-ALIGNMENT = 16  # bytes: kernels load vectors of so many
-OFFSET_OF = {"do": "o"}  # operands that share the ragged offset of another
-
-
-@dataclass(frozen=True, kw_only=True)
-class Key:
-    """What shapes a plan. documents, longest, tokens: rounded up; tokens is 0 in the forward plan,
-    which does not depend on it."""
-
-    device: int
-    dtype: torch.dtype
-    heads: int
-    groups: int
-    k_width: int
-    v_width: int
-    documents: int
-    longest: int
-    causal: bool
-    scale: float
-    tokens: int = 0
-
-    @property
-    def backward(self) -> bool:
-        return self.tokens > 0
-
-
-class Operand(NamedTuple):
-    """A contiguous tensor of all tokens: [T, heads, width]."""
-
-    heads: int
-    width: int
-
-    @property
-    def token_stride(self) -> int:
-        return self.heads * self.width
-
-
-def power_of_two(count: int, least: int) -> int:
-    """The smallest power of two that holds count and least."""
-    return 1 << (max(count, least) - 1).bit_length()
-
-
-def rounded_longest(longest: int, row: int) -> int:
-    """A bound of the longest document. row: tokens of a row, which no document exceeds."""
-    return min(power_of_two(longest, LEAST_TOKENS), -(-row // LEAST_TOKENS) * LEAST_TOKENS)
-
-
-def rounded_tokens(tokens: int) -> int:
-    """At most an eighth above tokens; few values: four significant bits."""
-    step = max(LEAST_TOKENS, 1 << max(0, tokens.bit_length() - 4))
-    return -(-tokens // step) * step
-
-
-def make_key(
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    v_TGV: Tensor,
-    cu_seqlens: Tensor,
-    longest: int,
-    row: int,
-    causal: bool,
-    scale: float,
-    *,
-    backward: bool,
-) -> Key:
-    tokens, heads, k_width = q_THK.shape
-    return Key(
-        device=q_THK.get_device(),
-        dtype=q_THK.dtype,
-        heads=heads,
-        groups=k_TGK.shape[1],
-        k_width=k_width,
-        v_width=v_TGV.shape[2],
-        documents=power_of_two(cu_seqlens.shape[0] - 1, LEAST_DOCUMENTS),
-        longest=rounded_longest(longest, row),
-        causal=causal,
-        scale=scale,
-        tokens=rounded_tokens(tokens) if backward else 0,
-    )
-
-
-def operands(key: Key) -> dict[str, Operand]:
-    """The tensors of a plan by name."""
-    of_q, of_o = (Operand(key.heads, width) for width in (key.k_width, key.v_width))
-    of_k, of_v = (Operand(key.groups, width) for width in (key.k_width, key.v_width))
-    found = {"q": of_q, "k": of_k, "v": of_v, "o": of_o, "lse": Operand(key.heads, 1)}
-    return found | ({"do": of_o, "dq": of_q, "dk": of_k, "dv": of_v} if key.backward else {})
-
-
-def addressable(x_THK: Tensor) -> Tensor:
-    """x, or a copy of it that is contiguous and lies where vectors can be loaded. Packed plans read
-    views of one projection right, but the gradients of q and k came out wrong (cuDNN 9.19)."""
-    if x_THK.is_contiguous() and x_THK.data_ptr() % ALIGNMENT == 0:
-        return x_THK
-    return x_THK.clone(memory_format=torch.contiguous_format)
-
-
-def ragged(cu_seqlens: Tensor, documents: int, token_strides_R1: Tensor) -> tuple[Tensor, Tensor]:
-    """(lengths_N int32 of documents, the last of them empty; offsets int64 [R, N + 2], of which
-    each row's first N + 1 are the elements at which documents begin and the last ends).
-
-    Three small kernels, and nothing that waits for the device. N + 2, not N + 1: so every row
-    begins at a multiple of 16 bytes.
-    """
-    missing = documents + 2 - cu_seqlens.shape[0]
-    ends = torch.cat([cu_seqlens, cu_seqlens[-1:].expand(missing)])
-    return ends.diff()[:documents], ends * token_strides_R1
 
 
 def uids(key: Key) -> dict[str, int]:
@@ -160,16 +54,30 @@ class Plan:
     token_strides_R1: Tensor
 
 
-def execute(key: Key, tensors: dict[str, Tensor], cu_seqlens: Tensor) -> None:
-    """Run the plan of key on tensors, named as by operands(); results are written into them."""
+def execute(
+    key: Key, tensors: dict[str, Tensor], cu_seqlens: Tensor, numbers: Numbers | None = None
+) -> Numbers:
+    """Run the plan of key on tensors, named as by operands(); results are written into them.
+    numbers: what the forward plan returned for the same cu_seqlens; None makes them anew."""
     with torch.cuda.device(key.device):
-        plan = build(key)
-        lengths_N, offsets_RN = ragged(cu_seqlens, key.documents, plan.token_strides_R1)
-        workspace = torch.empty(plan.workspace, dtype=torch.uint8, device=cu_seqlens.device)
-        buffers = [tensors[name] for name in plan.names]
-        buffers += [*offsets_RN.unbind(), lengths_N, lengths_N]
-        handle = current_handle(key.device)
-        plan.graph.execute(buffers, workspace, handle=handle, tensor_uids=plan.uids)
+        return run(build(key), key, tensors, cu_seqlens, numbers)
+
+
+def run(
+    plan: Plan,
+    key: Key,
+    tensors: dict[str, Tensor],
+    cu_seqlens: Tensor,
+    numbers: Numbers | None = None,
+) -> Numbers:
+    """execute() on the current device."""
+    if numbers is None:
+        numbers = ragged(cu_seqlens, key.documents, plan.token_strides_R1)
+    workspace = torch.empty(plan.workspace, dtype=torch.uint8, device=cu_seqlens.device)
+    buffers = [*(tensors[name] for name in plan.names), *numbers]
+    handle = current_handle(key.device)
+    plan.graph.execute(buffers, workspace, handle=handle, tensor_uids=plan.uids)
+    return numbers
 
 
 def current_handle(device: int) -> Any:
@@ -192,7 +100,8 @@ def handles(device: int, thread: int) -> Any:
 
 @functools.cache
 def build(key: Key) -> Plan:
-    """The plan of a key. Raises RuntimeError while a CUDA graph is captured."""
+    """The plan of a key, which was tried. Raises RuntimeError while a CUDA graph is captured, and
+    for a plan that is wrong (cudnn_trial.py)."""
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"attention backend=cudnn: got a new shape ({key}) while a CUDA graph is captured, "
@@ -211,6 +120,7 @@ def build(key: Key) -> Plan:
         workspace=max(1, graph.get_workspace_size()),
         token_strides_R1=torch.tensor(strides, device=torch.device("cuda", key.device)),
     )
+    trial(key, functools.partial(run, made, key), made.token_strides_R1.device)
     took = time.perf_counter() - start
     log.info("cuDNN plan for %s: %.0f ms, workspace %d", key, 1e3 * took, made.workspace)
     if build.cache_info().currsize + 1 == MANY:
@@ -313,4 +223,5 @@ class Drawing:
         for name, tensor in zip(names, tensors, strict=True):
             size, stride, data_type = self.layout(name)
             tensor.set_uid(self.uids[name]).set_output(True).set_data_type(data_type)
-            tensor.set_dim(size).set_stride(stride).set_ragged_offset(self.offsets[name])
+            offsets = self.offsets[OFFSET_OF.get(name, name)]
+            tensor.set_dim(size).set_stride(stride).set_ragged_offset(offsets)

@@ -175,7 +175,7 @@ class Drawing:
     def __init__(self, key: Key, handle: Any):
         import cudnn
 
-        self.key, self.library = key, cudnn
+        self.key, self.cudnn = key, cudnn
         self.operands, self.uids = operands(key), uids(key)
         half = {torch.bfloat16: cudnn.data_type.BFLOAT16, torch.float16: cudnn.data_type.HALF}
         self.data_type = half[key.dtype]
@@ -198,13 +198,13 @@ class Drawing:
 
     def options(self) -> dict[str, Any]:
         """What forward and backward graphs are both told."""
-        library, documents = self.library, self.key.documents
+        cudnn, documents = self.cudnn, self.key.documents
         found = {
             "attn_scale": self.key.scale,
             "use_padding_mask": True,  # ragged offsets alone say not where a document ends
-            "seq_len_q": self.numbers("query lengths", documents, library.data_type.INT32),
-            "seq_len_kv": self.numbers("key lengths", documents, library.data_type.INT32),
-            "diagonal_alignment": library.diagonal_alignment.TOP_LEFT,
+            "seq_len_q": self.numbers("query lengths", documents, cudnn.data_type.INT32),
+            "seq_len_kv": self.numbers("key lengths", documents, cudnn.data_type.INT32),
+            "diagonal_alignment": cudnn.diagonal_alignment.TOP_LEFT,
         }
         return found | ({"diagonal_band_right_bound": 0} if self.key.causal else {})
 
@@ -213,7 +213,7 @@ class Drawing:
         x, longest = self.operands[name], self.key.longest
         size = [self.key.documents, x.heads, longest, x.width]
         stride = [longest * x.token_stride, x.width, x.token_stride, 1]
-        return size, stride, self.library.data_type.FLOAT if name == "lse" else self.data_type
+        return size, stride, self.cudnn.data_type.FLOAT if name == "lse" else self.data_type
 
     def given(self, name: str) -> Any:
         tensor = self.graph.tensor(*self.layout(name), name=name, uid=self.uids[name])

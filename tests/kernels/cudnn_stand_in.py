@@ -73,11 +73,11 @@ def stand_in(key, tensors, cu_seqlens, numbers=None):
             continue
         given = {name: part(name, n) for name in found}
         made = cudnn_trial.exact(key, {name: given[name] for name in found if name in GIVEN})
+        made["lse"] = made["o"].float().norm(dim=-1, keepdim=True)  # something to be known again
         if key.backward:
-            torch.testing.assert_close(
-                given["o"], made["o"], **(EXACT if key.dtype == torch.float64 else {})
-            )
-            torch.testing.assert_close(given["lse"], made["lse"].float(), rtol=1e-5, atol=1e-5)
+            for name in ("o", "lse"):
+                close = EXACT if given[name].dtype == torch.float64 else {}
+                torch.testing.assert_close(given[name], made[name], **close)
         for name in ("dq", "dk", "dv") if key.backward else ("o", "lse"):
             given[name].copy_(made[name])
     return numbers

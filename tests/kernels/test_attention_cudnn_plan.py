@@ -32,24 +32,28 @@ def test_a_plan_that_is_right_passes_its_trial(backward, causal, bound):
     tried = key(backward=backward, causal=causal)._replace(dtype=torch.float32, longest=bound)
     seen = []
 
-    def run(tensors, cu_seqlens):
-        seen.extend(cu_seqlens.tolist())
-        return stand_in(tried, tensors, cu_seqlens)
+    def run(key, tensors, cu_seqlens):
+        seen.append((key.backward, cu_seqlens.tolist()))
+        stand_in(key, tensors, cu_seqlens)
 
     cudnn_trial.trial(tried, run, torch.device("cpu"))
-    assert seen == [0, *((300, 301, 364) if bound == 512 else (128, 129, 192))]
+    ends = [0, *((300, 301, 364) if bound == 512 else (128, 129, 192))]
+    assert seen == [(False, ends), (True, ends)][: 1 + backward]
+    cudnn_trial.trial(tried._replace(scale=3.0), run, torch.device("cpu"))
     least = tried._replace(tokens=128 if backward else 0)
     cudnn_trial.trial(least, run, torch.device("cpu"))
-    assert not backward or seen[-1] <= 128
+    assert not backward or seen[-1][1][-1] <= 128
 
 
-@pytest.mark.parametrize("wrong", ["o", "lse", "dq", "dk", "dv"])
+@pytest.mark.parametrize("wrong", ["o", "dq", "dk", "dv"])
 @pytest.mark.parametrize("fault", ["nan", "left", "another head's", "off"])
 def test_a_plan_that_is_wrong_is_refused(wrong, fault):
     tried = key(backward=wrong.startswith("d"))._replace(dtype=torch.float32)
 
-    def run(tensors, cu_seqlens):
-        stand_in(tried, tensors, cu_seqlens)
+    def run(key, tensors, cu_seqlens):
+        stand_in(key, tensors, cu_seqlens)
+        if key != tried:
+            return
         x = tensors[wrong]
         x.copy_({"nan": x * torch.nan, "left": 0 * x, "off": x * 1.00001}.get(fault, x.roll(1, 2)))
 

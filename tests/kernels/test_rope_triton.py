@@ -5,7 +5,7 @@ import pytest
 import torch
 from llmtrain_kernels import launch
 from llmtrain_kernels.rope import cost, rope
-from llmtrain_kernels.rope.fused import Turned, in_rows, run, turned
+from llmtrain_kernels.rope.fused import in_rows, run, turn, turned
 from offline import (
     DEVICE,
     INTERPRETED,
@@ -178,15 +178,15 @@ def test_is_a_proper_operator():
 
 @runs
 @pytest.mark.usefixtures("poisoned")
-def test_operator_and_plain_call_are_one():
+def test_operator_and_direct_call_are_one():
     """Traced calls take the operator, others do without: the same results and gradients, also of
     the gradients."""
     q, k, cos, sin = (z.float() for z in inputs(2, 3, 4, 2, 8, 8, 3))
     how = (cos, sin, True, 2, 0, False)
     results = []
-    for turn in (turned, Turned.apply):
+    for call in (turned, turn):
         leaves = [z.detach().requires_grad_() for z in (q, k)]
-        made = turn(*leaves, *how)
+        made = call(*leaves, *how)
         upstream = [z.detach().requires_grad_() for z in made]
         first = torch.autograd.grad(made, leaves, upstream, create_graph=True)
         results.append([*made, *first, *torch.autograd.grad(first, upstream, leaves)])

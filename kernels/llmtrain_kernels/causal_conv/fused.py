@@ -6,9 +6,13 @@ which the second sums the gradients of weight and bias over spans of tokens.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from llmtrain_kernels.direct import direct
 from llmtrain_kernels.launch import launch
 
 WINDOWS = range(1, 9)
@@ -251,13 +255,13 @@ def setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(x_BTD, weight_DW, bias_D, state_BWD, doc_ids_BT)
 
 
-def gradients(ctx, dy_BTD, dlast_BWD):
-    """Of forward()."""
+def gradients(take: Callable[..., tuple[Tensor, ...]], ctx, dy_BTD, dlast_BWD):
+    """Of forward(). take: what has backward()'s arguments."""
     x_BTD, weight_DW, bias_D, state_BWD, doc_ids_BT = ctx.saved_tensors
     if dy_BTD is None:
         dy_BTD = torch.zeros_like(x_BTD)
     dlast_BWD = dlast_BWD if ctx.want_state else None
-    dx, dweight, dbias, dstate = backward(
+    dx, dweight, dbias, dstate = take(
         dy_BTD, dlast_BWD, x_BTD, weight_DW, bias_D, state_BWD, doc_ids_BT, ctx.silu
     )
     dbias = None if bias_D is None else dbias
@@ -265,7 +269,8 @@ def gradients(ctx, dy_BTD, dlast_BWD):
     return dx, dweight, dbias, dstate, None, None, None
 
 
-forward.register_autograd(gradients, setup_context=setup_context)
+forward.register_autograd(functools.partial(gradients, backward), setup_context=setup_context)
+call = direct(forward, launch_forward, setup_context, functools.partial(gradients, launch_backward))
 
 
 def fused(
@@ -281,7 +286,7 @@ def fused(
     """The same in one launch. Arguments as causal_conv()."""
     if initial_state_BWD is not None:
         initial_state_BWD = initial_state_BWD.to(x_BTD.dtype)
-    y_BTD, last_BWD = forward(
+    y_BTD, last_BWD = call(
         x_BTD,
         weight_DW,
         bias_D,

@@ -3,11 +3,13 @@ projection."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from llmtrain_kernels.direct import direct
 from llmtrain_kernels.launch import launch
 
 
@@ -110,13 +112,15 @@ def setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(gate_up_X2F)
 
 
-def gradients(ctx, dy_XF):
-    return backward(dy_XF, *ctx.saved_tensors, ctx.activation), None
+def gradients(take: Callable[..., Tensor], ctx, dy_XF):
+    """take: what has backward()'s arguments."""
+    return take(dy_XF, *ctx.saved_tensors, ctx.activation), None
 
 
-forward.register_autograd(gradients, setup_context=setup_context)
+forward.register_autograd(functools.partial(gradients, backward), setup_context=setup_context)
+call = direct(forward, run_forward, setup_context, functools.partial(gradients, run_backward))
 
 
 def fused(gate_up_X2F: Tensor, *, activation: str = "silu") -> Tensor:
     """y_XF. Arguments as glu()."""
-    return forward(gate_up_X2F, activation)
+    return call(gate_up_X2F, activation)

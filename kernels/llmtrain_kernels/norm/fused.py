@@ -7,11 +7,12 @@ Saved for the backward pass: x, or h if there was a residual; the gate; the gain
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from llmtrain_kernels.direct import direct
 from llmtrain_kernels.launch import launch
 from llmtrain_kernels.norm.rows import rows_of
 
@@ -321,14 +322,15 @@ def setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(h if ctx.added else x, gate, weight, bias, mean, rstd)
 
 
-def gradients(ctx, dy, dh, dmean, drstd):
-    """Of forward(). Its statistics are for this function only."""
+def gradients(take: Callable[..., Outputs], ctx, dy, dh, dmean, drstd):
+    """Of forward(). Its statistics are for this function only. take: what has backward()'s
+    arguments."""
     x, gate, weight, bias, mean, rstd = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(x if gate is None else gate)
     saved = (x, gate, weight, bias, mean, rstd)
     dh = dh if ctx.added else None  # else h is empty, and so would be its gradient
-    dx, dgate, dweight, dbias = backward(dy, dh, *saved, *ctx.options, ctx.added)
+    dx, dgate, dweight, dbias = take(dy, dh, *saved, *ctx.options, ctx.added)
     optional = (
         dx if ctx.added else None,
         None if gate is None else dgate,
@@ -338,7 +340,8 @@ def gradients(ctx, dy, dh, dmean, drstd):
     return dx, *optional, *(None,) * 7
 
 
-forward.register_autograd(gradients, setup_context=setup_context)
+forward.register_autograd(functools.partial(gradients, backward), setup_context=setup_context)
+call = direct(forward, launch_forward, setup_context, functools.partial(gradients, launch_backward))
 
 
 def normalise(
@@ -360,5 +363,5 @@ def normalise(
     save = torch.is_grad_enabled() and any(z is not None and z.requires_grad for z in leaves)
     width = group_width or x.shape[-1]
     options = (width, centered, zero_centered, gate_first, sigmoid, save)
-    y, h, _, _ = forward(*leaves, eps, *options)
+    y, h, _, _ = call(*leaves, eps, *options)
     return y, h

@@ -10,6 +10,7 @@ from operator import index
 import torch
 from torch import Tensor
 
+from llmtrain_kernels.direct import direct
 from llmtrain_kernels.launch import launch
 
 MOST_ROWS = 65535  # what a grid's second axis has
@@ -126,19 +127,11 @@ def turned_back(turn: Callable[..., tuple[Tensor, Tensor]], ctx, dq_BTHK, dk_BTG
 turned.register_autograd(functools.partial(turned_back, turned), setup_context=setup_context)
 
 
-class Turned(torch.autograd.Function):
-    """turned() for calls that nothing traces: of a call's time on the host the operator's layers,
-    which are Python, took more than half."""
+def gradients(ctx, *of_outputs):
+    return turned_back(turn, ctx, *of_outputs)
 
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = run(*inputs)
-        setup_context(ctx, inputs, output)
-        return output
 
-    @staticmethod
-    def backward(ctx, *gradients):
-        return turned_back(Turned.apply, ctx, *gradients)
+turn = direct(turned, run, setup_context, gradients, twice=True)
 
 
 def fused(
@@ -155,6 +148,5 @@ def fused(
         0 if part is None or x is None else index(x.shape[-1]) - part for x in (q_BTHK, k_BTGK)
     )
     how = (interleaved, q_start, k_start, False)
-    turn = turned if torch.compiler.is_compiling() else Turned.apply
     q_out, k_out = turn(q_BTHK, k_BTGK, cos_BTR, sin_BTR, *how)
     return q_out, None if k_BTGK is None else k_out

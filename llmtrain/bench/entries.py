@@ -78,10 +78,9 @@ ENTRIES = (
     SLICE,
     replace(SLICE, name="8b_4layers", changes=("model.n_layers=4",), layers_of="8b_2layers"),
     replace(LLAMA_1B, name="1.26b_4rows", micro_batch=4, micro_steps=4),
-    replace(LLAMA_1B, name="1.26b_16rows", micro_batch=16, micro_steps=1),
-    replace(LLAMA_1B, name="1.26b_262k", micro_steps=8),
     replace(LLAMA_1B, name="1.26b_8k", seq_len=8192, micro_batch=4),
     replace(LLAMA_1B, name="1.26b_32k", seq_len=32768, micro_batch=1),
+    replace(LLAMA_1B, name="1.26b_262k", micro_steps=8),
 )
 TINY = Entry(
     name="tiny_1layer",

@@ -3,8 +3,8 @@
 Plans see the rows as one sequence of B*T tokens with boundaries cu_seqlens, as in varlen.py. On
 Hopper cuDNN's kernels are 1.7 times as fast as the FlashAttention-2 ones that varlen.py takes, and
 sdpa.py has them for dense rows. torch's own operator with boundaries builds its plan at every call
-(42 ms, pytorch#191576); here plans are kept: cudnn_plan.py, which says how few they are. Build them before a CUDA
-graph is captured, by running the step once.
+(42 ms, pytorch#191576); here plans are kept: cudnn_plan.py, which says how few they are. Build them
+before a CUDA graph is captured, by running the step once.
 
 Saved for the backward pass: q, k, v (of views, the copies that the plan reads), o and, in float32,
 the log of the sums of the softmax (4 H bytes a token). dq is a sum of atomic additions, in no fixed
